@@ -1,0 +1,98 @@
+# The front door. `make demo` on a fresh clone is all a newcomer needs.
+#
+#   PYTHON=python3.12         another interpreter (3.11 or later) for the virtual environment
+#   TORCH_INDEX_URL=...       where pip looks for torch, e.g. the CPU wheels of PyTorch on a machine without a GPU
+#   ARGS="--seed 1"           overrides of any key of the stage's YAML, for demo and serve
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH_INDEX_URL ?=
+ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# A virtual environment that happens to be active must not leak into ours.
+unexport PYTHONHOME PYTHONPATH
+
+.PHONY: help demo serve test test-fast lint bench embedded-models venv clean
+
+help:
+	@echo 'make demo             set up, then the whole job on the embedded models: train, compare, serve one answer'
+	@echo 'make serve            keep the service up on loopback with the last trained policy'
+	@echo 'make test             all tests (make test-fast: without the slow ones)'
+	@echo 'make lint             ruff and mypy'
+	@echo 'make bench            the benchmarks, one JSON line each'
+	@echo 'make embedded-models  train the shipped models again (hours; never needed by a user)'
+	@echo 'make clean            remove caches and build outputs (runs/ and .venv stay)'
+
+# `pip` with one moving line instead of a page a package: $(call pip,arguments). pipefail: a failing pip fails make.
+define pip
+	$(BIN)/python -m pip install --progress-bar off $(1) | { n=0; while read -r word name _; do \
+	  case "$$word" in \
+	    Collecting|Obtaining) n=$$((n + 1)); if [ -t 1 ]; then printf '\r\033[K      %d packages: %s' "$$n" "$$name"; fi;; \
+	    Installing) if [ -t 1 ]; then printf '\r\033[K'; fi; echo '      unpacking ...';; \
+	  esac; done; }
+endef
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo 'error: $(PYTHON) not found; install Python 3.11 or later,' \
+	  'or name one: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "error: $(PYTHON) is Python " \
+	  + sys.version.split()[0] + "; Python 3.11 or later is needed: make PYTHON=/path/to/python3.11")'
+	@echo '[1/3] virtual environment $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
+	@# torch first, so that the machine decides: CUDA wheels where a GPU answers, the pinned CPU build elsewhere.
+	@if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; \
+	  then torch='torch>=2.8,<2.14'; else torch='torch==2.13.0'; fi; \
+	  echo "[2/3] $$torch"; \
+	  $(call pip,"$$torch" $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)'))
+	@echo '[3/3] consensus-machine and what it needs (a few minutes the first time)'
+	@$(call pip,-e '.[dev]')
+	@touch $@
+	@echo "ready: $$($(BIN)/python -c 'import torch, platform; \
+	  print("Python", platform.python_version() + ", torch", torch.__version__)')"
+
+venv: $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/consensus demo --config configs/embedded/demo.yaml $(ARGS)
+
+# The newest trained policy with the preference model beside it, or else the shipped models.
+serve: $(STAMP)
+	@shopt -s nullglob; models=(); for run in $$(ls -td runs/*/ 2>/dev/null || true); do \
+	  weights=($${run}ppo/*.safetensors); \
+	  if [ $${#weights[@]} -gt 0 ] && [ -f $${run}preference/calibration.json ]; then \
+	    models=(--model_name_or_path $${run}ppo --preference_model $${run}preference); break; fi; done; \
+	  echo "models: $${models[*]:-as shipped}"; \
+	  $(BIN)/consensus serve --config configs/embedded/serve.yaml $${models[@]+"$${models[@]}"} $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q
+
+test-fast: $(STAMP)
+	@$(BIN)/python -m pytest -q -m 'not slow'
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(STAMP)
+	@shopt -s nullglob; for script in benchmarks/[a-z]*.py; do name=$$(basename $$script .py); \
+	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name --json; done
+
+embedded-models: $(STAMP)
+	@mkdir -p runs/embedded-models
+	@$(BIN)/python -m embedded.train_writer --log runs/embedded-models/writer.jsonl
+	@$(BIN)/python -m embedded.sample_pool --policy embedded/writer --output runs/embedded-models/samples.pt
+	@$(BIN)/python -m embedded.train_judge --samples runs/embedded-models/samples.pt \
+	  --log runs/embedded-models/judge.jsonl
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,130 @@
+"""Readers of deliberations, ratings and votes: JSONL, Parquet or a hub data set, with errors that name the column."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+
+from deliberation.types import Deliberation, InputError, Rating, Vote
+
+Row = dict[str, Any]
+Item = TypeVar("Item")
+
+
+def read_table(source: str | Path, columns: Sequence[str], split: str = "train") -> list[Row]:
+    """All rows of a table, checked to hold ``columns``; other columns are kept.
+
+    Args:
+        source: path of a ``.jsonl`` or ``.parquet`` file, or a hub data set id (``owner/name``).
+        columns: names every row must have.
+        split: which split of a hub data set.
+
+    Raises:
+        InputError: no such file, another kind of file, a line that is no JSON object, a missing column, no rows.
+    """
+    path = Path(source)
+    if path.is_file():
+        rows = _read_file(path)
+    elif path.suffix in (".jsonl", ".parquet") or str(source).count("/") != 1 or path.is_dir():
+        raise InputError("data", str(source), "no such file; give a .jsonl or .parquet file or a hub id owner/name")
+    else:
+        rows = _read_hub(str(source), split)
+    if not rows:
+        raise InputError("data", str(source), "holds no rows; give a table with at least one")
+    for number, row in enumerate(rows, 1):
+        for column in columns:
+            if row.get(column) is None:
+                found = ", ".join(sorted(row))
+                raise InputError("data", f"{source}, row {number}", f"add the column {column!r} (found: {found})")
+    return rows
+
+
+def _read_file(path: Path) -> list[Row]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    if path.suffix != ".jsonl":
+        raise InputError("data", path.name, "is neither .jsonl nor .parquet; convert it to one of them")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError("data", f"{path.name}, line {number}", f"is not JSON: {error.msg}") from error
+        if not isinstance(row, dict):
+            raise InputError("data", f"{path.name}, line {number}", "is not a JSON object; write one object a line")
+        rows.append(row)
+    return rows
+
+
+def _read_hub(name: str, split: str) -> list[Row]:
+    from datasets import load_dataset
+
+    return [dict(row) for row in load_dataset(name, split=split)]
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Row]) -> Path:
+    """Write rows as JSON lines, to a temporary name first so that no half-written file is left behind."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return temporary.replace(path)
+
+
+def read_deliberations(source: str | Path) -> list[Deliberation]:
+    """Deliberations of a table with ``question`` and ``opinions`` (and, if there, ``id`` and ``topic``)."""
+    rows = read_table(source, ("question", "opinions"))
+    return [
+        Deliberation(str(r.get("id", k)), r["question"], tuple(r["opinions"]), str(r.get("topic") or ""))
+        for k, r in enumerate(rows)
+    ]
+
+
+RATING_COLUMNS = ("deliberation_id", "member", "question", "opinion", "statement", "agreement", "quality")
+
+
+def read_ratings(source: str | Path) -> list[Rating]:
+    """Ratings of a table with the columns of ``Rating`` (``topic`` may be left out)."""
+    rows = read_table(source, RATING_COLUMNS)
+    return [Rating(**{c: r[c] for c in RATING_COLUMNS}, topic=str(r.get("topic") or "")) for r in rows]
+
+
+def read_votes(source: str | Path) -> list[Vote]:
+    """Person-statement votes of a table with ``conversation_id``, ``participant_id``, ``statement_id``, ``vote``."""
+    columns = ("conversation_id", "participant_id", "statement_id", "vote")
+    return [Vote(*(r[c] for c in columns)) for r in read_table(source, columns)]
+
+
+def split_by_topic(items: Sequence[Item], shares: Sequence[float], seed: int) -> list[list[Item]]:
+    """Split items with a ``topic`` into parts of about the given shares of topics; no topic is cut.
+
+    Args:
+        items: anything with a ``topic`` attribute.
+        shares: positive, one a part; normalised.
+        seed: which topics go where; the same seed gives the same split in every process.
+
+    Raises:
+        InputError: if there are fewer topics than parts, or a share is not positive.
+    """
+    topics = sorted({item.topic for item in items})  # type: ignore[attr-defined]
+    if any(s <= 0 for s in shares) or not shares:
+        raise InputError("shares", list(shares), "give positive numbers")
+    if len(topics) < len(shares):
+        raise InputError("topics", f"{len(topics)} topics", f"give at least {len(shares)}, one a part")
+    Random(f"split {seed}").shuffle(topics)
+    total, edge, parts, start = sum(shares), 0.0, [], 0
+    for k, share in enumerate(shares):
+        edge += share / total * len(topics)
+        left = len(shares) - k - 1
+        end = len(topics) if left == 0 else max(start + 1, min(round(edge), len(topics) - left))
+        chosen = set(topics[start:end])
+        parts.append([item for item in items if item.topic in chosen])  # type: ignore[attr-defined]
+        start = end
+    return parts

@@ -1,0 +1,147 @@
+"""The nouns of the house. Plain frozen dataclasses that check themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_MEMBERS = 64
+"""Members one synchronous request may name (serving and training share the limit)."""
+
+MAX_OPINION_CHARS = 2000
+"""Characters one opinion (or question) may have: about 200 words, the paper's upper limit, with room to spare."""
+
+RATING_SCALE = (1, 2, 3, 4, 5, 6, 7)
+"""Agreement and quality are integers on this scale; 4 is neutral."""
+
+
+class InputError(ValueError):
+    """Bad input, said so that it can be mended: the field, the value and the mend.
+
+    Attributes:
+        field: dotted name of the field, e.g. ``opinions[2]``.
+        value: the offending value (shortened when shown).
+        mend: what to do about it.
+    """
+
+    def __init__(self, field: str, value: object, mend: str):
+        self.field, self.value, self.mend = field, value, mend
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        super().__init__(f"{field} = {shown}: {mend}")
+
+    def __reduce__(self) -> tuple:
+        """Survive pickling, so that a Ray actor's error arrives whole."""
+        return type(self), (self.field, self.value, self.mend)
+
+
+def check_text(field: str, value: object, *, limit: int = MAX_OPINION_CHARS) -> str:
+    """Return ``value`` if it is a non-blank string of at most ``limit`` characters.
+
+    Raises:
+        InputError: naming ``field``.
+    """
+    if not isinstance(value, str):
+        raise InputError(field, value, "must be a string")
+    if not value.strip():
+        raise InputError(field, value, "is empty; write at least one word")
+    if len(value) > limit:
+        raise InputError(field, value, f"has {len(value)} characters; shorten it to at most {limit}")
+    return value
+
+
+@dataclass(frozen=True)
+class Question:
+    """A yes/no debate question with a statement of either side.
+
+    Attributes:
+        id: unique id.
+        text: the question, e.g. ``Should school meals be free?``.
+        affirming: the yes side as a full sentence.
+        negating: the no side as a full sentence.
+        topic: topic slug; splits never cut through a topic.
+    """
+
+    id: str
+    text: str
+    affirming: str
+    negating: str
+    topic: str
+
+
+@dataclass(frozen=True)
+class Deliberation:
+    """A question with the opinions of a group's members.
+
+    Attributes:
+        id: unique id.
+        question: the question's text.
+        opinions: one text a member, in the members' order; 1 to ``MAX_MEMBERS``.
+        topic: topic slug, for splits; may be empty.
+
+    Raises:
+        InputError: on an empty group, or an empty or over-long text.
+    """
+
+    id: str
+    question: str
+    opinions: tuple[str, ...]
+    topic: str = ""
+
+    def __post_init__(self) -> None:
+        check_text("question", self.question)
+        if not self.opinions:
+            raise InputError("opinions", self.opinions, "the group is empty; give at least one opinion")
+        if len(self.opinions) > MAX_MEMBERS:
+            raise InputError("opinions", f"{len(self.opinions)} opinions", f"give at most {MAX_MEMBERS}")
+        for i, opinion in enumerate(self.opinions):
+            check_text(f"opinions[{i}]", opinion)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """One member's rating of one statement.
+
+    Attributes:
+        deliberation_id: the deliberation it belongs to.
+        member: the member's index in it.
+        question, opinion, statement: the texts a preference model reads.
+        agreement, quality: integers 1 to 7.
+        topic: topic slug, for splits.
+
+    Raises:
+        InputError: on a rating off the scale or an empty text.
+    """
+
+    deliberation_id: str
+    member: int
+    question: str
+    opinion: str
+    statement: str
+    agreement: int
+    quality: int
+    topic: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("question", "opinion", "statement"):
+            check_text(name, getattr(self, name))
+        for name in ("agreement", "quality"):
+            if getattr(self, name) not in RATING_SCALE:
+                raise InputError(name, getattr(self, name), "must be an integer from 1 to 7")
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One person's vote on one statement: 1 agree, -1 disagree, 0 pass (as in Polis exports).
+
+    Raises:
+        InputError: on any other vote.
+    """
+
+    conversation_id: str
+    participant_id: str
+    statement_id: str
+    vote: int
+
+    def __post_init__(self) -> None:
+        if self.vote not in (-1, 0, 1):
+            raise InputError("vote", self.vote, "must be 1 (agree), -1 (disagree) or 0 (pass)")

@@ -1,0 +1,1 @@
+"""How we know that it works: measures, the comparison of policies, and the report a person reads."""

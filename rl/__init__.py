@@ -1,0 +1,1 @@
+"""How the policy learns: supervised fine-tuning, and PPO against any reward function."""

@@ -1,0 +1,71 @@
+"""Table rows -> what the trainers read. Every text is checked before anything is trained or written."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from deliberation.prompts import one_line, statement_prompt
+from deliberation.types import Deliberation, InputError, check_text
+
+
+def checked_row(row: dict[str, Any], index: int, source: str) -> Deliberation:
+    """The row's question and opinions as a checked ``Deliberation``.
+
+    Raises:
+        InputError: naming ``source``, the row and the field.
+    """
+    opinions = row.get("opinions")
+    if opinions is None or isinstance(opinions, str):
+        raise InputError(f"{source} row {index}: opinions", opinions, "must be a list of strings")
+    try:
+        return Deliberation(id=str(index), question=row.get("question", ""), opinions=tuple(opinions))
+    except InputError as error:
+        raise InputError(f"{source} row {index}: {error.field}", error.value, error.mend) from error
+
+
+def sft_pairs(
+    rows: Sequence[dict[str, Any]], *, shuffle_opinions: bool, seed: int, source: str = "statements"
+) -> list[dict]:
+    """Prompt/completion pairs of rows with question, opinions, statement.
+
+    Args:
+        seed: of the opinions' orders; row i's order depends on (seed, i) alone.
+        source: what errors call the rows.
+
+    Raises:
+        InputError: on no rows, an empty group or an empty or over-long text, naming the row.
+    """
+    if not rows:
+        raise InputError(source, "0 rows", "give at least one row")
+    made = []
+    for i, row in enumerate(rows):
+        deliberation = checked_row(row, i, source)
+        check_text(f"{source} row {i}: statement", row.get("statement"))
+        opinions = list(deliberation.opinions)
+        if shuffle_opinions:
+            random.Random(f"{seed}/{i}").shuffle(opinions)
+        prompt = statement_prompt(deliberation.question, opinions)
+        made.append({"prompt": prompt, "completion": f" {one_line(row['statement'])}"})
+    return made
+
+
+def ppo_prompts(rows: Sequence[dict[str, Any]], source: str = "deliberations") -> list[dict]:
+    """Rows with question, opinions (and optional weights) as ``PPOTrainer`` reads them: with a ``prompt``.
+
+    Raises:
+        InputError: on no rows, an empty group or an empty or over-long text, naming the row.
+    """
+    if not rows:
+        raise InputError(source, "0 rows", "give at least one row")
+    made = []
+    for i, row in enumerate(rows):
+        deliberation = checked_row(row, i, source)
+        opinions = list(deliberation.opinions)
+        prompt = statement_prompt(deliberation.question, opinions)
+        columns = {"weights": row["weights"]} if row.get("weights") is not None else {}
+        made.append({"prompt": prompt, "question": deliberation.question, "opinions": opinions, **columns})
+    if len({"weights" in row for row in made}) > 1:
+        raise InputError(f"{source}: weights", None, "give weights in every row or in none")
+    return made

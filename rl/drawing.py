@@ -1,0 +1,62 @@
+"""Drawing tokens: reproducible uniform numbers, the nucleus, and the inverse of the cumulative distribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NUCLEUS_TOP = 128
+"""Tokens looked at first when cutting the nucleus; a full sort only where they hold less than ``top_p``."""
+
+
+def uniforms(seed: int, n: int, steps: int) -> Tensor:
+    """Uniform numbers [n, steps] (float64, CPU): entry (i, t) depends on ``seed``, i and t only, not on n or steps."""
+    parent = torch.Generator().manual_seed(seed)
+    children = torch.randint(2**63 - 1, (n,), generator=parent).tolist()
+    rows = [torch.rand(steps, generator=torch.Generator().manual_seed(c), dtype=torch.float64) for c in children]
+    return torch.stack(rows)
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Zero what lies outside the smallest set of most likely tokens with mass >= ``top_p`` (ties with its last stay).
+
+    Args:
+        probabilities: [rows, vocabulary], each row summing to 1.
+
+    Returns:
+        The same shape, not renormalised.
+    """
+    lowest = _lowest_kept(probabilities.topk(min(NUCLEUS_TOP, probabilities.shape[-1]), dim=-1).values, top_p)
+    wide = lowest.isnan().squeeze(-1)  # rows too flat for the first look
+    if bool(wide.any()):
+        lowest[wide] = _lowest_kept(probabilities[wide].sort(dim=-1, descending=True).values, top_p, whole=True)
+    return probabilities.masked_fill(probabilities < lowest, 0.0)
+
+
+def _lowest_kept(descending: Tensor, top_p: float, whole: bool = False) -> Tensor:
+    """The probability [rows, 1] at which the mass of ``descending`` [rows, k] reaches ``top_p``.
+
+    NaN where it does not, unless ``descending`` is the ``whole`` distribution, of which then all is kept.
+    """
+    short = (descending.double().cumsum(-1) < top_p).sum(-1, keepdim=True)
+    last = descending.shape[-1] - 1
+    lowest = descending.gather(-1, short.clamp_max(last))
+    return lowest if whole else lowest.masked_fill(short > last, torch.nan)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Tokens by inverse cumulative distribution.
+
+    Args:
+        logits: [rows, vocabulary].
+        uniform: [rows] float64 in [0, 1).
+
+    Returns:
+        [rows] token ids; a token of probability 0 is never drawn.
+    """
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1.0:
+        probabilities = nucleus(probabilities, top_p)
+    cumulative = probabilities.double().cumsum(-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)

@@ -1,0 +1,182 @@
+"""Settings of :class:`rl.trainer.PPOTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+
+from deliberation.types import InputError
+
+
+@dataclass
+class PPOConfig(TrainingArguments):
+    """``transformers.TrainingArguments`` and the settings of PPO.
+
+    One Trainer step (``max_steps``, ``logging_steps``, ``eval_steps``, ``save_steps``, the learning-rate schedule) is
+    one UPDATE: sample, score, then ``num_ppo_epochs * num_mini_batches`` optimiser steps. Sources of the defaults:
+    ``docs`` of the project, "The N implementation details of RLHF with PPO" (2024), TRL.
+
+    There is no top_p, top_k, minimum length or suppressed token: rollouts are pure samples of the policy, or the
+    log-probabilities would be those of another distribution.
+    """
+
+    # -- defaults of TrainingArguments that differ --------------------------------------------------------------
+    learning_rate: float = 1e-6
+    """Peak learning rate of the policy. 1e-6 for a full model of billions of parameters; 2e-4 for the embedded one."""
+
+    per_device_train_batch_size: int = 16
+    """Completions in one forward and backward pass (a micro-batch, after sorting by length). Changes memory and speed,
+    not the result; a multiple of ``num_generations`` keeps a prompt's completions in one row."""
+
+    share_prefix: bool = True
+    """Completions of one prompt share one row, and its computation, in every pass (gradient through it). Exact for full
+    attention; models of another kind are refused: set it to false for them. Off, with a warning, where the attention
+    kernel takes no mask (flash-attention)."""
+
+    logging_steps: float = 1
+    """Log every so many updates."""
+
+    lr_scheduler_type: str = "constant"
+    """An update's size should not depend on how many updates are planned: KL or the held-out reward ends the run."""
+
+    adam_epsilon: float = 1e-5
+    """As in the N+ details (their detail 5), not AdamW's 1e-8."""
+
+    remove_unused_columns: bool | None = False
+    """Must stay False: the other columns go to the reward functions."""
+
+    metric_for_best_model: str | None = "eval_reward"
+    """Predicted held-out reward chooses the best checkpoint (``load_best_model_at_end``); ``eval_objective`` is the
+    reward less ``beta * KL``."""
+
+    # -- rollout ------------------------------------------------------------------------------------------------
+    num_prompts: int = 16
+    """Prompts an update, over all processes. >= 1."""
+
+    num_generations: int = 4
+    """Completions a prompt (TRL's name). >= 1. ``num_prompts * num_generations`` is the batch of an update."""
+
+    max_completion_length: int = 64
+    """Longest completion, in tokens; longer ones are cut and pay ``missing_eos_penalty``. >= 1."""
+
+    temperature: float = 1.0
+    """Divides the logits of policy and reference, in sampling and in training alike. > 0."""
+
+    stop_at_line_break: bool = True
+    """A completion ends at the first line break after text, too (statements are one line)."""
+
+    rollout_batch_size: int = 64
+    """Completions in flight in sampling. Changes speed only (and rounding)."""
+
+    # -- reward -------------------------------------------------------------------------------------------------
+    reward_weights: list[float] | None = None
+    """One factor a reward function. None: all 1."""
+
+    reward_clip: float | None = 10.0
+    """Scores are clipped to [-clip, clip] before the penalty; logged as ``reward/clipped_ratio``. None: not at all."""
+
+    missing_eos_penalty: float = 1.0
+    """Taken off the score of a completion without a stop token. >= 0, in units of the reward."""
+
+    beta: float = 0.05
+    """Coefficient of the per-token KL penalty (k1) inside the reward. >= 0."""
+
+    # -- PPO ----------------------------------------------------------------------------------------------------
+    num_ppo_epochs: int = 2
+    """Passes over an update's completions. >= 1."""
+
+    num_mini_batches: int = 2
+    """Optimiser steps a pass; must divide ``num_prompts * num_generations / processes``."""
+
+    gamma: float = 1.0
+    """Discount a token, in (0, 1]."""
+
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation, in [0, 1]."""
+
+    cliprange: float = 0.2
+    """The policy ratio's clip, around 1. > 0."""
+
+    cliprange_value: float = 0.2
+    """How far a value may move from the old one in the value loss, in units of the reward. > 0."""
+
+    vf_coef: float = 0.1
+    """Weight of the value loss. >= 0 (N+ details: 0.1)."""
+
+    whiten_advantages: bool = True
+    """Advantages of all action tokens of an update to mean 0, variance 1, over all processes."""
+
+    value_learning_rate: float | None = None
+    """Learning rate of the value head, or value model. None: 5 times ``learning_rate``."""
+
+    init_value_to_reward: bool = True
+    """Before the first update, shift the value head's bias so that the mean value is the batch's mean score."""
+
+    value_warmup_updates: int = 0
+    """Updates at the start in which only the value head, or value model, learns: the policy does not move."""
+
+    target_kl: float | None = None
+    """End an update's optimiser steps once the approximate KL between its old and new policy (nats a token) is above
+    this. None: never."""
+
+    max_kl: float | None = None
+    """End the TRAINING once the mean KL to the reference (nats a completion) of fresh samples is above this."""
+
+    # -- evaluation and tables ----------------------------------------------------------------------------------
+    num_generations_eval: int = 1
+    """Completions a prompt in evaluation. Their seeds are the same at every evaluation."""
+
+    log_completions: bool = False
+    """Write the table of completions of every logged update to ``completions/step-N.jsonl``. Callbacks that have a
+    method ``on_completions(args, state, control, table=...)`` get it for every update in any case."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (
+            "num_prompts",
+            "num_generations",
+            "max_completion_length",
+            "num_ppo_epochs",
+            "num_mini_batches",
+            "rollout_batch_size",
+            "num_generations_eval",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(name, getattr(self, name), "must be at least 1")
+        for name in ("temperature", "cliprange", "cliprange_value", "gamma"):
+            if not getattr(self, name) > 0:
+                raise InputError(name, getattr(self, name), "must be above 0")
+        for name in ("beta", "missing_eos_penalty", "vf_coef", "value_warmup_updates"):
+            if not getattr(self, name) >= 0:
+                raise InputError(name, getattr(self, name), "must not be negative")
+        if not (self.gamma <= 1 and 0 <= self.lam <= 1):
+            raise InputError("gamma, lam", (self.gamma, self.lam), "must be at most 1")
+        rows, parts = self.num_prompts * self.num_generations, self.num_mini_batches * self.world_size
+        if self.num_prompts % self.world_size or rows % parts:
+            raise InputError(
+                "num_mini_batches",
+                self.num_mini_batches,
+                f"{rows} completions an update do not divide "
+                f"by {self.num_mini_batches} mini-batches on {self.world_size} processes",
+            )
+        if self.gradient_accumulation_steps != 1:
+            raise InputError(
+                "gradient_accumulation_steps",
+                self.gradient_accumulation_steps,
+                "must be 1; an update is cut into micro-batches of per_device_train_batch_size",
+            )
+        if self.remove_unused_columns:
+            raise InputError("remove_unused_columns", True, "must be false: reward functions read the other columns")
+        if self.fp16:
+            raise InputError("fp16", True, "is not supported; use bf16 or neither")
+
+    @property
+    def value_lr(self) -> float:
+        """Learning rate of the value head or value model."""
+        return 5 * self.learning_rate if self.value_learning_rate is None else self.value_learning_rate
+
+    @property
+    def rows_per_update(self) -> int:
+        """Completions an update, over all processes."""
+        return self.num_prompts * self.num_generations

@@ -1,0 +1,201 @@
+"""Sampling statements from a policy: pure, reproducible, and the prompt computed once for all its samples.
+
+Token ``t`` of sample ``i`` inverts the cumulative distribution at a uniform number that depends on (seed, i, t) alone:
+not on n, on the other prompts, on their order, or on which samples have ended. Probabilities differ by rounding (about
+1e-7) with the shape of the batch, so a draw can differ between two batchings with a chance of about 1e-6 a token; with
+``batch_size <= n`` every prompt runs alone and the result is the same bit for bit on CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deliberation.types import InputError
+from rl.decoding import Batch, Stream
+from rl.drawing import draw, uniforms
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled completion.
+
+    Attributes:
+        text: the decoded completion, without special tokens (not cleaned: see ``clean_statement``).
+        ids: the sampled token ids, the stop token included: the actions a policy loss is computed on.
+        finished: whether a stop token ended it; False if it was cut at ``max_new_tokens``.
+    """
+
+    text: str
+    ids: list[int]
+    finished: bool
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All ids that end a completion: ``generation_config.eos_token_id`` (int or list) and the tokenizer's own EOS."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, (list, tuple)) else [configured]
+    return {int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+@lru_cache(maxsize=8)
+def _line_breaks(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], frozenset[int], frozenset[int]]:
+    """Token ids (with a line break; with one after text of their own; blank). Looked up once a tokenizer."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    breaks = {i for i, text in enumerate(texts) if "\n" in text}
+    after_text = {i for i in breaks if "\n" in texts[i].lstrip()}
+    blank = {i for i, text in enumerate(texts) if not text.strip()}
+    return frozenset(breaks), frozenset(after_text), frozenset(blank)
+
+
+@contextmanager
+def generation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, no gradient, and an attention kernel that takes a 4D mask; restores what was there."""
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    if attention not in ("sdpa", "eager"):  # flash kernels take no 4D mask
+        model.set_attn_implementation("sdpa")
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if attention not in ("sdpa", "eager"):
+            model.set_attn_implementation(attention)
+        model.train(training)
+
+
+class _Stops:
+    """When a completion ends: a stop id, or (for statements) a line break once there is text."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, at_line_break: bool):
+        self.ids = stop_token_ids(model, tokenizer)
+        self.at_line_break = at_line_break
+        self.breaks, self.after_text, self.blank = _line_breaks(tokenizer) if at_line_break else (frozenset(),) * 3
+
+    def add(self, stream: Stream, sample: int, token: int) -> bool:
+        """Append ``token``; True if it ends the completion."""
+        stream.ids[sample].append(token)
+        if token in self.ids:
+            return True
+        if not self.at_line_break:
+            return False
+        ends = token in self.after_text or (stream.has_text[sample] and token in self.breaks)
+        stream.has_text[sample] |= token not in self.blank
+        return ends
+
+
+def _decode(batch: Batch, stops: _Stops, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Fill in the ids of the batch's streams; what stays in ``running`` was cut at ``max_new_tokens``."""
+    # 1. Prompts.
+    logits = batch.prefill()
+    layout = batch.layout()
+    for step in range(max_new_tokens):
+        # 2. One token for every running sample.
+        rows, cols, samples = layout
+        tokens = draw(logits[rows, cols], batch.uniforms[rows, samples, step], temperature, top_p)
+        # 3. Who ends here?
+        goes_on = []
+        for row, sample, token in zip(rows.tolist(), samples.tolist(), tokens.tolist(), strict=True):
+            ended = stops.add(batch.streams[row], sample, token)
+            if ended:
+                batch.streams[row].running.remove(sample)
+            goes_on.append(not ended)
+        # 4. Make the batch smaller and read the new tokens.
+        if step + 1 == max_new_tokens or not any(goes_on):
+            return
+        if not all(goes_on):
+            tokens = tokens[torch.tensor(goes_on, device=tokens.device)]
+            batch.drop_finished()
+            layout = batch.layout()
+        logits = batch.step(tokens, step + 1, layout)
+
+
+def _check(
+    prompts: Sequence[str], seeds: Sequence[int], counts: dict[str, int], temperature: float, top_p: float
+) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(name, count, "must be at least 1")
+    if len(seeds) != len(prompts):
+        raise InputError("seeds", f"{len(seeds)} seeds", f"give one a prompt: {len(prompts)}")
+    if not temperature > 0:
+        raise InputError("temperature", temperature, "must be above 0")
+    if not 0 < top_p <= 1:
+        raise InputError("top_p", top_p, "must be above 0 and at most 1")
+
+
+def _streams(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    n: int,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[Stream]:
+    """The work, longest prompt first; a prompt with more samples than ``batch_size`` becomes several streams."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    streams = []
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        prompt_ids = tokenizer(prompt).input_ids
+        if not prompt_ids:
+            raise InputError(f"prompts[{i}]", prompt, "has no tokens; write at least one word")
+        if limit is not None and len(prompt_ids) + max_new_tokens > limit:
+            mend = f"with {max_new_tokens} new tokens is longer than the model's {limit} positions; shorten it"
+            raise InputError(f"prompts[{i}]", f"{len(prompt_ids)} tokens", mend)
+        numbers = uniforms(seed, n, max_new_tokens)
+        for start in range(0, n, batch_size):
+            samples = list(range(n))[start : start + batch_size]
+            streams.append(Stream(i, prompt_ids, samples, numbers[samples]))
+    return sorted(streams, key=lambda s: -len(s.prompt_ids))
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    n: int,
+    seeds: list[int],
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+    stop_at_line_break: bool = True,
+) -> list[list[Sample]]:
+    """Sample ``n`` completions of every prompt.
+
+    Args:
+        model: full-attention causal language model; left in the mode (train or eval) it came in.
+        seeds: one a prompt. The same (prompt, seed) gives the same samples alone or in any batch, and the first of
+            them whatever ``n``.
+        temperature: > 0, divides the logits. top_p: in (0, 1], the nucleus; 1 samples purely.
+        batch_size: samples in flight at once.
+        stop_at_line_break: end a completion at the first line break that follows text (a statement is one line).
+
+    Returns:
+        [prompts][n] samples, in the order of ``prompts``.
+
+    Raises:
+        InputError: on an argument out of range or a prompt longer than the model can read.
+    """
+    counts = {"n": n, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    _check(prompts, seeds, counts, temperature, top_p)
+    stops = _Stops(model, tokenizer, stop_at_line_break)
+    streams = _streams(model, tokenizer, prompts, n, seeds, max_new_tokens, batch_size)
+    per_batch = max(1, batch_size // min(n, batch_size))
+    with generation_mode(model):
+        for start in range(0, len(streams), per_batch):
+            batch = Batch(model, streams[start : start + per_batch], max_new_tokens)
+            _decode(batch, stops, max_new_tokens, temperature, top_p)
+    found = {
+        (s.prompt, i): Sample(tokenizer.decode(ids, skip_special_tokens=True), ids, k not in s.running)
+        for s in streams
+        for k, (i, ids) in enumerate(zip(s.samples, s.ids, strict=True))
+    }
+    return [[found[p, i] for i in range(n)] for p in range(len(prompts))]

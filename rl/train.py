@@ -1,0 +1,227 @@
+"""PPO of a policy against a group's welfare: wires the group reward into ``PPOTrainer``.
+
+The same function as a plain process, under ``accelerate launch``, or as a Ray job::
+
+    consensus ppo --config configs/embedded/ppo.yaml
+    ray job submit --working-dir . -- consensus ppo --config configs/embedded/ppo.yaml --reward_actors 1
+
+With ``reward_actors: 0`` the preference model runs in the training process; with more, in that many Ray actors (for
+every training process), on the cluster the job runs on or on a local one started for the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from trl import ModelConfig, get_peft_config
+
+from deliberation.datasets import read_table
+from deliberation.types import InputError
+from embedded import resolve
+from reward.group_reward import LocalScorer, Scorer, make_group_reward
+from reward.preference import PreferenceModel, load_calibration
+from reward.welfare import parse_alpha
+from rl.data import ppo_prompts
+from rl.policy import check_model_keys, load_from_keys
+from rl.ppo_config import PPOConfig
+from rl.rewards import RewardFunction
+from rl.trainer import PPOTrainer
+
+COLUMNS = ("question", "opinions")
+REFERENCE_FOLDER = "reference"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PPOScriptConfig(PPOConfig, ModelConfig):
+    """Keys of ``PPOConfig`` and of ``trl.ModelConfig`` (model, attention, LoRA), and those that wire them up."""
+
+    deliberations: str | None = None
+    """Training data: a JSONL or Parquet file with the columns question, opinions (and optional weights)."""
+
+    eval_deliberations: str | None = None
+    """The same, of held-out topics; needed for an ``eval_strategy``."""
+
+    preference_model: str | None = None
+    """Folder of the preference model that scores statements for every member."""
+
+    welfare: str = "nash"
+    """How members' utilities become one reward: utilitarian, nash, rawlsian or an inequality aversion >= 0."""
+
+    reward_actors: int = 0
+    """Ray actors that host the preference model; 0 keeps it in the training process."""
+
+    reward_actor_cpus: float = 1.0
+    """CPUs Ray reserves for a reward actor, which uses as many torch threads (at least one)."""
+
+    reward_actor_gpus: float = 0.0
+    """GPUs (or a share of one) Ray reserves for a reward actor."""
+
+    separate_value_model: bool = False
+    """Start a value model of its own from the preference model, instead of a value head on the policy's backbone. Needs
+    a preference model with the policy's tokenizer."""
+
+    def __post_init__(self) -> None:
+        ModelConfig.__post_init__(self)
+        super().__post_init__()
+        check_model_keys(self)
+        parse_alpha(self.welfare)
+        if self.reward_actors < 0:
+            raise InputError("reward_actors", self.reward_actors, "must be 0 or more")
+
+
+@contextmanager
+def hosted_scorer(config: PPOScriptConfig) -> Iterator[Scorer]:
+    """The preference model in this process, or behind Ray actors that end with the block.
+
+    Raises:
+        InputError: field ``preference_model``.
+    """
+    path = _preference_path(config)
+    if config.reward_actors == 0:
+        yield LocalScorer(PreferenceModel.load(path, config.device))
+        return
+    import ray  # only where actors are asked for: training without Ray needs no Ray
+
+    from reward.actor import RemoteScorer, start_actor
+
+    ours = not ray.is_initialized()
+    if ours:
+        _start_ray()
+    actors: list[Any] = []
+    try:
+        threads = max(1, int(config.reward_actor_cpus))
+        for _ in range(config.reward_actors):
+            actors.append(
+                start_actor(path, num_cpus=config.reward_actor_cpus, num_gpus=config.reward_actor_gpus, threads=threads)
+            )
+        yield RemoteScorer(*actors)
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+        if ours:
+            ray.shutdown()
+
+
+def _start_ray() -> None:
+    """Join the cluster a Ray job runs on (RAY_ADDRESS), or start a local one that this process alone uses."""
+    import ray
+
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False)
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, no dashboard, ends with this process
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+
+
+def _preference_path(config: PPOScriptConfig) -> str:
+    if not config.preference_model:
+        raise InputError("preference_model", config.preference_model, "give the folder of a preference model")
+    return resolve(config.preference_model)
+
+
+def value_model_from(path: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A trainable copy of the preference model's network, to predict the policy's reward token by token.
+
+    Raises:
+        InputError: if it does not read the policy's token ids.
+    """
+    if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
+        mend = "has another tokenizer than the policy; set separate_value_model to false"
+        raise InputError("separate_value_model", path, mend)
+    return AutoModelForSequenceClassification.from_pretrained(path, dtype="float32", use_safetensors=True)
+
+
+def _merged(model: Any, tokenizer: PreTrainedTokenizerBase, config: PPOScriptConfig) -> PreTrainedModel:
+    """A policy that is an adapter, merged into its base, so that PPO's reference is that policy and not the base.
+
+    With ``use_peft`` the merged model is kept in ``output_dir/reference``: PPO's own adapter belongs on top of it.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    merged = model.merge_and_unload()
+    if config.use_peft:
+        folder = Path(config.output_dir) / REFERENCE_FOLDER
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        merged.name_or_path = merged.config._name_or_path = str(folder)
+        logger.info("the policy is an adapter; merged into its base and kept in %s", folder)
+    return merged
+
+
+def train_ppo(
+    config: PPOScriptConfig,
+    rows: Sequence[dict[str, Any]] | None = None,
+    eval_rows: Sequence[dict[str, Any]] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    observers: Sequence[RewardFunction] = (),
+) -> PPOTrainer:
+    """Optimise the policy for the group's welfare and save it to ``config.output_dir``.
+
+    Args:
+        rows: question, opinions (optional weights) of every deliberation; None reads ``config.deliberations``.
+        eval_rows: the same, held out; None reads ``config.eval_deliberations`` if it is set.
+        callbacks: Trainer callbacks.
+        observers: reward functions that return None for every completion: they see and log, and reward nothing.
+
+    Returns:
+        The trainer after training; its reward actors have ended.
+
+    Raises:
+        InputError: on data, models or keys that do not fit; nothing has been written then.
+    """
+    # 1. Data and models; what can be wrong is found before anything is written (and not by an actor that dies).
+    train = ppo_prompts(_table("deliberations", config.deliberations) if rows is None else rows)
+    if eval_rows is None and config.eval_deliberations:
+        eval_rows = _table("eval_deliberations", config.eval_deliberations)
+    held_out = None if eval_rows is None else ppo_prompts(eval_rows, "eval_deliberations")
+    load_calibration(Path(_preference_path(config)))
+    model, tokenizer = load_from_keys(config)
+    value_model = value_model_from(_preference_path(config), tokenizer) if config.separate_value_model else None
+    # 2. Train against the welfare of each group.
+    with hosted_scorer(config) as scorer:
+        trainer = PPOTrainer(
+            model=_merged(model, tokenizer, config),
+            reward_funcs=[make_group_reward(scorer, config.welfare), *observers],
+            args=config,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(config),
+            value_model=value_model,
+            callbacks=list(callbacks),
+        )
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    # 3. Save.
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
+
+
+def _table(key: str, path: str | None) -> list[dict[str, Any]]:
+    if not path:
+        raise InputError(key, path, "give a JSONL or Parquet file with question, opinions")
+    return read_table(path, COLUMNS)
+
+
+def main(config: PPOScriptConfig) -> None:
+    """``consensus ppo``: train with the data and models named in the config, save."""
+    trainer = train_ppo(config)
+    if config.process_index == 0:
+        updates = trainer.state.global_step
+        print(f"Policy optimised for {config.welfare} welfare in {updates} updates: {config.output_dir}")

@@ -1,0 +1,465 @@
+"""PPOTrainer: PPO against plain reward functions, in the mould of TRL's maintained trainers.
+
+One Trainer step is one update:
+
+1. sample ``num_generations`` completions of ``num_prompts`` prompts (``rl.rollout``),
+2. score them with the reward functions, as text (``rl.rewards``),
+3. compute old and reference log-probabilities and values with the training code path (``rl.value``),
+4. token rewards, advantages, whitening (``rl.ppo``),
+5. ``num_ppo_epochs * num_mini_batches`` optimiser steps; the last one is left to the Trainer's own loop,
+6. log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, set_seed
+
+from deliberation.types import InputError
+from rl import metrics as numbers
+from rl import ppo
+from rl.inputs import ModelInputs, collate, collate_shared, spread
+from rl.logs import JsonlLog, PromptStream, write_completions
+from rl.ppo_config import PPOConfig
+from rl.rewards import RewardFunction, RewardFunctions
+from rl.rollout import Rollout, collect, mini_batches, prompt_seeds
+from rl.setup import (
+    can_share_prefix,
+    check_dataset,
+    check_precision,
+    load,
+    load_policy_weights,
+    parameter_groups,
+    reference_and_policy,
+)
+from rl.value import (
+    PolicyAndValue,
+    TokenOutputs,
+    check_logits,
+    completion_logprobs,
+    disable_dropout,
+    hidden_states,
+)
+
+__all__ = ["PPOConfig", "PPOTrainer"]
+
+STATE_FILE = "ppo_state.json"
+EVAL_SEED_OFFSET = 7_919  # evaluation draws from seeds of its own, the same at every evaluation
+
+
+class PPOTrainer(Trainer):
+    """Proximal policy optimisation of a causal language model against reward functions.
+
+    Args:
+        model: path or name (loaded by ``rl.policy.load_policy``), or a causal language model in fp32.
+        reward_funcs: one or more ``f(prompts, completions, **columns) -> list[float | None]``, sync or async; also
+            given are ``completion_ids``, ``trainer_state``, ``log_metric(name, value)``, ``log_extra(column, values)``.
+        args: settings.
+        train_dataset: rows with ``prompt`` (text or messages) and any further columns (``datasets.Dataset`` or a list
+            of dicts).
+        eval_dataset: the same, held out; gives ``eval_reward``, ``eval_kl``, ``eval_objective``.
+        processing_class: the policy's tokenizer; None: loaded with the model.
+        peft_config: wraps the policy; the reference is then the model with its adapters off. Otherwise the reference
+            is a frozen copy.
+        value_model: None for a head on the policy's backbone, or a one-label sequence classifier over the SAME
+            tokenizer (for instance a preference model).
+        callbacks: Trainer callbacks; one with ``on_completions`` gets the table of completions of every update.
+
+    Raises:
+        InputError: on settings, data or models it cannot train.
+    """
+
+    optimizer: Any
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: RewardFunction | list[RewardFunction],
+        args: PPOConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        value_model: PreTrainedModel | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        set_seed(args.seed)  # adapters start from random weights
+        check_dataset("train_dataset", train_dataset)
+        if eval_dataset is not None:
+            check_dataset("eval_dataset", eval_dataset)
+        model, processing_class = load(model, processing_class, args)
+        check_logits(model)
+        self.share_prefix = can_share_prefix(args.share_prefix, model, value_model)
+        self.ref_model, policy = reference_and_policy(model, peft_config)
+        self.reward_functions = RewardFunctions(reward_funcs, args.reward_weights)
+        if args.max_steps <= 0:  # epochs are counted in prompts
+            args.max_steps = max(1, math.ceil(args.num_train_epochs * len(train_dataset) / args.num_prompts))
+        joint = PolicyAndValue(policy, value_model)
+        for part in filter(None, (joint, self.ref_model)):
+            disable_dropout(part)
+        check_precision(joint)
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._extra: dict[str, list] = {}
+        self._mode = "train"
+        self.num_tokens = 0
+        self.completions_table: list[dict[str, Any]] = []
+        super().__init__(
+            model=joint,
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[JsonlLog(), *(callbacks or [])],
+        )
+        if args.n_gpu > 1:
+            raise InputError(
+                "CUDA_VISIBLE_DEVICES",
+                f"{args.n_gpu} GPUs in one process",
+                "start with accelerate launch, or make one GPU visible",
+            )
+        if self.ref_model is not None:
+            self.ref_model.to(self.accelerator.device)
+
+    # ---- data, optimiser -----------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of prompt rows, one an update and process. One Trainer epoch is the whole run."""
+        stream = PromptStream(
+            len(self.train_dataset),
+            self.args.max_steps * self.args.num_prompts,
+            self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.num_prompts // self.args.world_size,
+            sampler=stream,
+            collate_fn=list,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser, with the value parameters in groups of their own learning rate."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+        decay = set(self.get_decay_parameter_names(model))
+        value = self.accelerator.unwrap_model(model).value_parameters()
+        self.optimizer = cls(parameter_groups(model, value, decay, self.args), **kwargs)
+        return self.optimizer
+
+    # ---- one update ----------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: list[dict], num_items_in_batch: Any = None) -> Tensor:
+        """One update on the rows ``inputs``; leaves the last optimiser step to the Trainer. Returns the mean loss."""
+        model.train()
+        # 1., 2. sample and score
+        first = self.args.process_index * len(inputs)
+        seeds = prompt_seeds(self.args.seed, self.state.global_step, first, len(inputs))
+        rollout = self._rollout(inputs, self.args.num_generations, seeds)
+        # 3., 4. log-probabilities, values, advantages
+        with self._timed("logprob"):
+            self._evaluate_tokens(rollout)
+        if self.state.global_step == 0 and self.args.init_value_to_reward:
+            self._shift_values(rollout)
+        self._compute_advantages(rollout)
+        # 5. optimiser steps, unless the policy has gone too far from the reference
+        kl = float(self._sum_over_ranks(rollout.kl()[0].sum())) / self.args.rows_per_update
+        steps: list[dict[str, Tensor]] = []
+        if self.args.max_kl is not None and kl > self.args.max_kl:
+            self.control.should_training_stop = self.control.should_log = True
+        else:
+            with self._timed("update"):
+                steps = self._update(model, rollout)
+        # 6. log
+        self._record(rollout, steps, kl)
+        loss = torch.stack([s["loss"] for s in steps]).mean() if steps else torch.zeros(())
+        return loss.to(self.args.device)
+
+    def _rollout(self, rows: list[dict], num_generations: int, seeds: list[int]) -> Rollout:
+        args = self.args
+        with self._timed("rollout"):
+            rollout = collect(
+                self.model.policy,
+                self.processing_class,
+                rows,
+                num_generations=num_generations,
+                seeds=seeds,
+                max_new_tokens=args.max_completion_length,
+                temperature=args.temperature,
+                batch_size=args.rollout_batch_size,
+                stop_at_line_break=args.stop_at_line_break,
+                device=args.device,
+            )
+        with self._timed("score"):
+            rewards = self.reward_functions(
+                rollout.prompts,
+                rollout.completions(),
+                completion_ids=rollout.completion_ids,
+                trainer_state=self.state,
+                log_metric=self._log_metric,
+                log_extra=self._log_extra,
+                **rollout.columns,
+            )
+        rollout.rewards_per_func = rewards.to(args.device)
+        rollout.raw_scores, rollout.scored = (x.to(args.device) for x in self.reward_functions.combine(rewards))
+        rollout.scores = ppo.shape_scores(
+            rollout.raw_scores, rollout.finished, clip=args.reward_clip, missing_eos_penalty=args.missing_eos_penalty
+        )
+        return rollout
+
+    def _inputs(self, rollout: Rollout, rows: Tensor) -> ModelInputs:
+        pad = self.processing_class.pad_token_id or 0  # fills space only: no mask is made from it
+        prompts = [rollout.prompt_ids[i] for i in rows.tolist()]
+        completions = [rollout.completion_ids[i] for i in rows.tolist()]
+        if self.share_prefix:
+            return collate_shared(prompts, completions, pad, dtype=self.model.policy.dtype, device=self.args.device)
+        return collate(prompts, completions, pad, device=self.args.device)
+
+    def _mini_batches(self, rollout: Rollout, epoch: int) -> list[list[Tensor]]:
+        seed = prompt_seeds(self.args.seed + 1, self.state.global_step, epoch, 1)[0] if epoch else None
+        return mini_batches(rollout, self.args.num_mini_batches, self.args.per_device_train_batch_size, seed)
+
+    @torch.no_grad()
+    def _evaluate_tokens(self, rollout: Rollout) -> None:
+        """Fill in old and reference log-probabilities, values and entropies, all from the training code path."""
+        shape, device = rollout.mask.shape, rollout.mask.device
+        old, ref, values, entropy = (torch.zeros(shape, device=device) for _ in range(4))
+        for rows in (rows for batch in self._mini_batches(rollout, epoch=0) for rows in batch):
+            inputs = self._inputs(rollout, rows)
+            with self.compute_loss_context_manager():
+                out: TokenOutputs = self.model(inputs, self.args.temperature)
+                reference = self._reference_logprobs(inputs)
+            at, mask = rows.to(device), rollout.mask[rows.to(device)]
+            for full, flat in ((old, out.logprobs), (ref, reference), (values, out.values), (entropy, out.entropy)):
+                full[at] = spread(flat, mask)
+        rollout.old_logprobs, rollout.ref_logprobs, rollout.values, rollout.entropy = old, ref, values, entropy
+
+    def _reference_logprobs(self, inputs: ModelInputs) -> Tensor:
+        policy = self.model.policy if self.ref_model is None else self.ref_model
+        with policy.disable_adapter() if self.ref_model is None else contextlib.nullcontext():
+            return completion_logprobs(policy, hidden_states(policy, inputs), inputs.targets, self.args.temperature)[0]
+
+    def _shift_values(self, rollout: Rollout) -> None:
+        """Move the head's bias, and the rollout's values, so that the mean value is the mean score."""
+        sums = [
+            rollout.scores[rollout.scored].sum(),
+            rollout.scored.sum(),
+            rollout.values[rollout.mask].sum(),
+            rollout.mask.sum(),
+        ]
+        score, rows, value, tokens = self._sum_over_ranks(torch.stack([x.float() for x in sums])).tolist()
+        shift = score / max(rows, 1.0) - value / tokens
+        with torch.no_grad():
+            self.model.value_head.bias += shift
+        rollout.values = torch.where(rollout.mask, rollout.values + shift, rollout.values)
+
+    def _compute_advantages(self, rollout: Rollout) -> None:
+        rollout.token_rewards = ppo.token_rewards(
+            rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.mask, self.args.beta
+        )
+        rollout.advantages, rollout.returns = ppo.gae(
+            rollout.token_rewards, rollout.values, rollout.mask, self.args.gamma, self.args.lam
+        )
+        if self.args.whiten_advantages:
+            rollout.advantages = ppo.whiten(rollout.advantages, rollout.train_mask, reduce=self._sum_over_ranks)
+
+    def _update(self, model: nn.Module, rollout: Rollout) -> list[dict[str, Tensor]]:
+        """All optimiser steps but the last, and the gradients of the last. Returns the metrics of each."""
+        warm_up = self.state.global_step < self.args.value_warmup_updates
+        batches = [b for epoch in range(self.args.num_ppo_epochs) for b in self._mini_batches(rollout, epoch)]
+        steps = []
+        for i, micro_batches in enumerate(batches):
+            found = self._backward(model, rollout, micro_batches, warm_up)
+            steps.append(found)
+            if not bool(found["loss"].isfinite()):
+                raise FloatingPointError(
+                    f"the loss is {float(found['loss'])} at update {self.state.global_step}; the "
+                    f"last checkpoint is in {self.args.output_dir}"
+                )
+            if self.args.target_kl is not None and float(found["approxkl"]) > self.args.target_kl:
+                model.zero_grad()  # the Trainer's own step then changes nothing
+                break
+            if i + 1 < len(batches):
+                self._clip_grad_norm(model)
+                self.optimizer.step()
+                model.zero_grad()
+        return steps
+
+    def _backward(
+        self, model: nn.Module, rollout: Rollout, micro_batches: list[Tensor], warm_up: bool
+    ) -> dict[str, Tensor]:
+        """Accumulate the gradients of one mini-batch. Returns its metrics, summed over ranks."""
+        everyone = torch.cat(micro_batches).to(rollout.mask.device)
+        num_tokens = self._sum_over_ranks(rollout.train_mask[everyone].sum()).clamp(min=1)
+        total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        for i, rows in enumerate(micro_batches):
+            last = i + 1 == len(micro_batches)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss, found = self._loss(model, rollout, rows, num_tokens, warm_up)
+                # ranks average their gradients, and num_tokens counts the tokens of all of them
+                self.accelerator.backward(loss * self.args.world_size)
+            for name, value in found.items():
+                total[name] = total[name] + value
+        return {name: self._sum_over_ranks(value) for name, value in total.items()}
+
+    def _loss(
+        self, model: nn.Module, rollout: Rollout, rows: Tensor, num_tokens: Tensor, warm_up: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch, its share of the mini-batch's; in warm-up the value loss alone."""
+        out: TokenOutputs = model(self._inputs(rollout, rows), self.args.temperature, value_only=warm_up)
+        at = rows.to(rollout.mask.device)
+        mask, real = rollout.train_mask[at], rollout.mask[at]
+        policy, found = ppo.policy_loss(
+            spread(out.logprobs, real),
+            rollout.old_logprobs[at],
+            rollout.advantages[at],
+            mask,
+            clip=self.args.cliprange,
+            num_tokens=num_tokens,
+        )
+        value, of_value = ppo.value_loss(
+            spread(out.values, real),
+            rollout.values[at],
+            rollout.returns[at],
+            mask,
+            clip=self.args.cliprange_value,
+            num_tokens=num_tokens,
+        )
+        loss = self.args.vf_coef * value + (0.0 if warm_up else policy)
+        return loss, {
+            **found,
+            "value_clipfrac": of_value["clipfrac"],
+            "loss": loss.detach(),
+            "policy_loss": policy.detach(),
+            "value_loss": value.detach(),
+        }
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Sample every held-out prompt and score it: ``reward`` (raw), ``kl`` (nats), ``objective``, ``length`` ...
+
+        The seeds are the same at every call, so that two policies meet the same luck.
+        """
+        source = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = [source[i] for i in range(len(source))]
+        world, rank, n = self.args.world_size, self.args.process_index, self.args.num_generations_eval
+        seeds = prompt_seeds(self.args.seed + EVAL_SEED_OFFSET, 0, 0, len(rows))
+        sums = torch.zeros(7, dtype=torch.float64, device=self.args.device)
+        self._mode = "eval"
+        for start in range(rank * self.args.num_prompts, len(rows), world * self.args.num_prompts):
+            part = slice(start, start + self.args.num_prompts)
+            rollout = self._rollout(rows[part], n, seeds[part])
+            self._evaluate_tokens(rollout)
+            sums += numbers.eval_sums(rollout)
+        self._mode = "train"
+        sums = self._sum_over_ranks(sums)
+        found = numbers.eval_metrics(sums.tolist(), len(rows) * n, self.args.beta)
+        extra = {name: sum(v) / len(v) for name, v in self._metrics["eval"].items() if not name.startswith("time/")}
+        self._metrics["eval"].clear()
+        self._extra.clear()
+        result = {f"{metric_key_prefix}_{k}": v for k, v in {**extra, **found}.items()}
+        self.log(result)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
+        return result
+
+    # ---- logging -------------------------------------------------------------------------------------------------
+
+    def _log_metric(self, name: str, value: float) -> None:
+        self._metrics[self._mode][name].append(float(value))
+
+    def _log_extra(self, column: str, values: list) -> None:
+        self._extra[column] = list(values)
+
+    @contextlib.contextmanager
+    def _timed(self, name: str):
+        start = time.perf_counter()
+        yield
+        self._log_metric(f"time/{name}", time.perf_counter() - start)
+
+    def _sum_over_ranks(self, x: Tensor) -> Tensor:
+        return self.accelerator.reduce(x, reduction="sum") if self.args.world_size > 1 else x
+
+    def _record(self, rollout: Rollout, steps: list[dict[str, Tensor]], kl: float) -> None:
+        """Append this update's numbers, make the table of completions, and warn about a negative KL."""
+        args = self.args
+        self.num_tokens += int(
+            self._sum_over_ranks(
+                rollout.lengths.sum() + sum(len(ids) for ids in rollout.prompt_ids[:: args.num_generations])
+            )
+        )
+        found = {
+            **numbers.reward_metrics(rollout, self.reward_functions.names, args.num_generations, args.reward_clip),
+            **numbers.length_metrics(rollout),
+            **numbers.objective_metrics(rollout, args.beta),
+            **numbers.update_metrics(steps),
+            "update/optimizer_steps": float(len(steps)),
+        }
+        for name, value in found.items():
+            mean = float(self._sum_over_ranks(torch.tensor(value, device=args.device))) / args.world_size
+            self._metrics["train"][name].append(value if args.world_size == 1 else mean)
+        if kl < -0.5:
+            warnings.warn(
+                f"mean KL to the reference is {kl:.2f} nats, far below 0: sampling and training disagree "
+                "about the policy's distribution",
+                stacklevel=2,
+            )
+        self.completions_table = numbers.completions_table(
+            rollout, self.reward_functions.names, self._extra, self.state.global_step + 1
+        )
+        self._extra.clear()
+        for callback in (c for c in self.callback_handler.callbacks if hasattr(c, "on_completions")):
+            callback.on_completions(args, self.state, self.control, table=self.completions_table)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the updates since the last log to the Trainer's own training logs."""
+        if "loss" in logs:
+            means = {name: sum(v) / len(v) for name, v in self._metrics["train"].items()}
+            self._metrics["train"].clear()
+            logs = {
+                **logs,
+                **means,
+                "num_tokens": self.num_tokens,
+                "episode": self.state.global_step * self.args.rows_per_update,
+            }
+            if self.args.log_completions and self.is_world_process_zero():
+                write_completions(self.args.output_dir, self.state.global_step, self.completions_table)
+        super().log(logs, start_time)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The policy as ``save_pretrained`` writes it, its tokenizer, and the value model in ``value_model/``."""
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.policy.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        self.model.save_value(folder)
+        (folder / STATE_FILE).write_text(json.dumps({"num_tokens": self.num_tokens}))
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        load_policy_weights(self.model.policy, folder)
+        self.model.load_value(folder)
+        self.num_tokens = json.loads((folder / STATE_FILE).read_text())["num_tokens"]
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -1,0 +1,170 @@
+"""One module holding the policy and its value model, with ONE function from token ids to log-probabilities and values.
+
+Old, reference and new log-probabilities all come from :func:`completion_logprobs`, so that before the first step of
+an update the ratio is exactly 1 and the KL exactly 0. Logits are made for the action tokens only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deliberation.types import InputError
+from rl.inputs import ModelInputs
+
+VALUE_FOLDER = "value_model"
+HEAD_FILE = "value_head.safetensors"
+
+
+class TokenOutputs(NamedTuple):
+    """Per action token, fp32 ``[N]``: log-probability, entropy (detached, nats) and state value."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper (whose adapter layers stay injected), or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def hidden_states(model: nn.Module, inputs: ModelInputs) -> Tensor:
+    """The backbone's last hidden states ``[N, H]`` at the positions that predict the action tokens."""
+    extra = (
+        {}
+        if inputs.attention_mask is None
+        else dict(attention_mask=inputs.attention_mask, position_ids=inputs.position_ids)
+    )
+    states = _unwrapped(model).base_model(input_ids=inputs.input_ids, use_cache=False, **extra).last_hidden_state
+    return states.flatten(0, 1)[inputs.source]
+
+
+def completion_logprobs(model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """fp32 log-probabilities and entropies ``[N]`` of ``targets`` under logits / temperature."""
+    logits = _unwrapped(model).get_output_embeddings()(hidden).float() / temperature
+    logprobs = logits.log_softmax(dim=-1)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def check_logits(model: nn.Module) -> None:
+    """Refuse a policy whose logits are not simply its output embeddings applied to its last hidden states.
+
+    Raises:
+        InputError: for instance for architectures that soft-cap or scale their logits.
+    """
+    base, training = _unwrapped(model), model.training
+    ids = torch.arange(4, device=next(base.parameters()).device)[None] % base.config.vocab_size
+    model.eval()  # dropout would make two forwards differ
+    with torch.no_grad():
+        direct = base.get_output_embeddings()(base.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        full = base(input_ids=ids, use_cache=False).logits
+    model.train(training)
+    if not torch.allclose(direct.float(), full.float(), rtol=1e-4, atol=1e-4):
+        raise InputError(
+            "model",
+            base.config.model_type,
+            "transforms its logits after the output embeddings, which "
+            "PPOTrainer does not support; use a Llama, Qwen2.5 or Qwen3 model",
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of ``model`` to 0: the modules' ``p``, and the rates attention layers keep as numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+class PolicyAndValue(nn.Module):
+    """The policy with a value head on its own backbone, or with a separate value model.
+
+    Args:
+        policy: causal language model, plain or wrapped by PEFT.
+        value_model: None for a head on the policy's backbone (weights 0, so that its first values are its bias), or
+            a one-label sequence classifier that reads the policy's token ids; its ``score`` layer starts the head.
+    """
+
+    def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel | None = None):
+        super().__init__()
+        self.policy = policy
+        self.value_model = value_model
+        owner = _unwrapped(policy) if value_model is None else value_model
+        self.value_head = nn.Linear(owner.config.hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        if value_model is not None:
+            with torch.no_grad():
+                self.value_head.weight.copy_(value_model.score.weight)
+            value_model.score.requires_grad_(False)  # the head has its weights; see save_value
+
+    @property
+    def config(self):
+        return self.policy.config
+
+    @property
+    def generation_config(self):
+        return self.policy.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self.value_head.weight.device
+
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        for model in (self.policy, self.value_model):
+            if model is not None:
+                model.activation_checkpointing_enable(**kwargs)
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the value model alone (not of a shared backbone)."""
+        own = [] if self.value_model is None else list(self.value_model.parameters())
+        return [p for p in [*own, *self.value_head.parameters()] if p.requires_grad]
+
+    def forward(self, inputs: ModelInputs, temperature: float, value_only: bool = False) -> TokenOutputs:
+        """Log-probabilities, entropies and values of the action tokens; the temperature never touches the values.
+
+        ``value_only`` cuts the gradient between the head and a shared backbone, and all of the policy's (critic
+        warm-up: the actor must not move).
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not value_only):
+            hidden = hidden_states(self.policy, inputs)
+            logprobs, entropy = completion_logprobs(self.policy, hidden, inputs.targets, temperature)
+        critic = hidden if self.value_model is None else hidden_states(self.value_model, inputs)
+        values = self.value_head(critic.to(self.value_head.weight.dtype)).float().squeeze(-1)
+        return TokenOutputs(logprobs, entropy, values)
+
+    def save_value(self, folder: str | Path) -> None:
+        """Write ``folder/value_model/``: the head; a separate model in its usual layout too, with the head as score."""
+        target = Path(folder) / VALUE_FOLDER
+        target.mkdir(parents=True, exist_ok=True)
+        if self.value_model is not None:
+            with torch.no_grad():
+                self.value_model.score.weight.copy_(self.value_head.weight)
+            self.value_model.save_pretrained(target)
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in self.value_head.state_dict().items()}, target / HEAD_FILE
+        )
+
+    def load_value(self, folder: str | Path) -> None:
+        """Read what :meth:`save_value` wrote.
+
+        Raises:
+            InputError: if the folder holds no value head.
+        """
+        target = Path(folder) / VALUE_FOLDER
+        if not (target / HEAD_FILE).is_file():
+            raise InputError("resume_from_checkpoint", str(folder), f"holds no {VALUE_FOLDER}/{HEAD_FILE}")
+        self.value_head.load_state_dict(load_file(target / HEAD_FILE))
+        if self.value_model is not None:
+            loaded = type(self.value_model).from_pretrained(target, dtype=torch.float32, use_safetensors=True)
+            self.value_model.load_state_dict(loaded.state_dict())

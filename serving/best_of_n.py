@@ -1,0 +1,405 @@
+"""Sample N statements, score each for every member, aggregate, choose: the one path for library and service.
+
+Pure: models come in as a ``Sampler`` and a ``Judge``, in this process (``serving.local``) or behind a
+deployment handle (``serving.deployments``). ``answer`` and ``answer_async`` differ in ``await`` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deliberation.prompts import clean_statement, one_line
+from deliberation.types import Deliberation, InputError, check_text
+from reward.welfare import ALPHAS, parse_alpha, welfare
+from serving.result import Candidate, Consensus, MemberView, Versions, WelfareUsed, Winner
+
+MAX_CANDIDATES = 64
+"""Candidates one synchronous request may ask for."""
+
+MAX_SEED = 2**53 - 1
+"""Largest seed: the largest integer every JSON client can carry exactly."""
+
+LOWEST_UTILITY = 1.0
+"""Utility of an empty statement for every member: the bottom of the rating scale, as in training."""
+
+RATINGS = np.arange(1, 8)
+
+
+class NoStatement(RuntimeError):
+    """The policy wrote nothing but empty statements: a fault of the policy, not of the request."""
+
+
+# --- what the models exchange with the core -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Order:
+    """One prompt to sample from: the members in the order the policy reads them, how many samples, their seed."""
+
+    members: tuple[int, ...]
+    count: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a sampler returns for one ``Order``.
+
+    Attributes:
+        texts: ``count`` completions, not yet cleaned.
+        finished: for each, whether the policy ended it itself.
+        shown: the members whose opinions the prompt held, a leading part of the order.
+        version: print of the policy's weights.
+    """
+
+    texts: tuple[str, ...]
+    finished: tuple[bool, ...]
+    shown: tuple[int, ...]
+    version: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge returns: plain arrays, so that nothing but numpy is needed to read it.
+
+    Attributes:
+        raw: preference-model scores, [members, statements] float32.
+        utilities: expected ratings in [1, 7], same shape.
+        probabilities: P(rating = 1..7), [members, statements, 7].
+        version: print of the preference model's weights.
+    """
+
+    raw: NDArray
+    utilities: NDArray
+    probabilities: NDArray
+    version: str
+
+
+class Sampler(Protocol):
+    """A policy in this process."""
+
+    def sample(self, question: str, opinions: Sequence[str], orders: Sequence[Order]) -> list[Draft]: ...
+
+
+class Judge(Protocol):
+    """A preference model in this process."""
+
+    def judge(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Judgement: ...
+
+
+class AsyncSampler(Protocol):
+    """A policy somewhere else."""
+
+    def sample(self, question: str, opinions: Sequence[str], orders: Sequence[Order]) -> Awaitable[list[Draft]]: ...
+
+
+class AsyncJudge(Protocol):
+    """A preference model somewhere else."""
+
+    def judge(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Awaitable[Judgement]: ...
+
+
+# --- checks ---------------------------------------------------------------------------------------------------
+
+
+def check_readable(field: str, value: object) -> str:
+    """``check_text``, and at least one character that survives ``one_line`` (control characters do not)."""
+    text = check_text(field, value)
+    if not one_line(text):
+        raise InputError(field, value, "has no readable characters; write at least one word")
+    return text
+
+
+def check_count(n: object) -> int:
+    """Return ``n`` if it is an integer from 1 to ``MAX_CANDIDATES``; InputError otherwise."""
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_CANDIDATES:
+        raise InputError("n", n, f"must be an integer from 1 to {MAX_CANDIDATES}")
+    return n
+
+
+def check_seed(seed: object) -> int:
+    """Return ``seed`` if it is an integer from 0 to ``MAX_SEED``; InputError otherwise."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise InputError("seed", seed, f"must be an integer from 0 to {MAX_SEED}")
+    return seed
+
+
+def check_welfare(value: object) -> str | float:
+    """Return ``value`` if it names a welfare function or is an alpha >= 0; InputError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise InputError("welfare", value, f"must be one of {', '.join(ALPHAS)} or a number >= 0")
+    if isinstance(value, int) and value > 1e300:  # too long for a float; parse_alpha takes what a float can hold
+        raise InputError("welfare", f"{str(value)[:20]}...", 'is too large; write "inf" for the worst-off member')
+    parse_alpha(value)
+    return value
+
+
+def welfare_used(value: str | float) -> WelfareUsed:
+    """Name and alpha of a welfare function, e.g. ``"nash"`` and ``1`` both give ``("nash", 1.0)``."""
+    alpha = parse_alpha(check_welfare(value))
+    return WelfareUsed(next((name for name, known in ALPHAS.items() if known == alpha), None), alpha)
+
+
+# --- the plan -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request: what to sample, and where each sample belongs.
+
+    Attributes:
+        orders: distinct prompts; one prefill each.
+        places: for each order, the candidate indices its samples fill (``len(places[i]) == orders[i].count``).
+        policy: the name the answering policy goes by.
+    """
+
+    question: str
+    opinions: tuple[str, ...]
+    n: int
+    used: WelfareUsed
+    seed: int
+    policy: str
+    orders: tuple[Order, ...]
+    places: tuple[tuple[int, ...], ...]
+
+
+def make_plan(
+    question: str,
+    opinions: Sequence[str],
+    *,
+    n: int,
+    welfare: str | float,
+    seed: int,
+    policy: str = "default",
+    reshuffle: bool = False,
+) -> Plan:
+    """Check a request and draw the order(s) in which the policy reads the opinions.
+
+    Args:
+        n: candidates, 1 to ``MAX_CANDIDATES``.
+        welfare: ``utilitarian``, ``nash``, ``rawlsian`` or alpha >= 0 (``"inf"`` too).
+        seed: 0 to ``MAX_SEED``; decides orders and samples.
+        reshuffle: draw an order for each sample instead of one for all. Equal orders still share a prefill.
+
+    Raises:
+        InputError: naming the field.
+    """
+    if isinstance(opinions, str):  # a sequence too, of single letters
+        raise InputError("opinions", opinions, "must be a list with one text a member")
+    texts = tuple(opinions)
+    Deliberation(id="request", question=question, opinions=texts)
+    check_readable("question", question)
+    for i, opinion in enumerate(texts):
+        check_readable(f"opinions[{i}]", opinion)
+    orders, places = draw_orders(len(texts), check_count(n), check_seed(seed), reshuffle)
+    return Plan(question, texts, n, welfare_used(welfare), seed, policy, orders, places)
+
+
+def draw_orders(
+    members: int, n: int, seed: int, reshuffle: bool
+) -> tuple[tuple[Order, ...], tuple[tuple[int, ...], ...]]:
+    """Orders to sample from and the candidate indices each fills; see ``Plan``."""
+    draws = np.random.default_rng(seed)
+    if not reshuffle:
+        return (Order(_permutation(draws, members), n, seed),), (tuple(range(n)),)
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i in range(n):
+        places.setdefault(_permutation(draws, members), []).append(i)
+    # Every order has its own seed, or all of them would draw the same random numbers.
+    orders = tuple(Order(order, len(at), _sub_seed(seed, at[0])) for order, at in places.items())
+    return orders, tuple(tuple(at) for at in places.values())
+
+
+def _permutation(draws: np.random.Generator, members: int) -> tuple[int, ...]:
+    return tuple(int(i) for i in draws.permutation(members))
+
+
+def _sub_seed(seed: int, index: int) -> int:
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 11)
+
+
+# --- the core -------------------------------------------------------------------------------------------------
+
+
+def best_of_n(
+    sampler: Sampler,
+    judge: Judge,
+    question: str,
+    opinions: Sequence[str],
+    *,
+    n: int = 16,
+    welfare: str | float = "nash",
+    seed: int = 0,
+    policy: str = "default",
+    reshuffle: bool = False,
+) -> Consensus:
+    """The statement, of ``n`` sampled ones, with the highest predicted welfare of the group.
+
+    Raises:
+        InputError: on a bad request (see ``make_plan``) or one that does not fit a model's context.
+        NoStatement: if every candidate is empty.
+    """
+    return answer(
+        sampler,
+        judge,
+        make_plan(question, opinions, n=n, welfare=welfare, seed=seed, policy=policy, reshuffle=reshuffle),
+    )
+
+
+def answer(sampler: Sampler, judge: Judge, plan: Plan) -> Consensus:
+    """Carry out a plan: sample, score, choose."""
+    drafts = sampler.sample(plan.question, plan.opinions, plan.orders)
+    judgement = judge.judge(plan.question, plan.opinions, readable(statements(plan, drafts)))
+    return choose(plan, drafts, judgement)
+
+
+async def answer_async(sampler: AsyncSampler, judge: AsyncJudge, plan: Plan) -> Consensus:
+    """``answer`` for models that are awaited."""
+    drafts = await sampler.sample(plan.question, plan.opinions, plan.orders)
+    judgement = await judge.judge(plan.question, plan.opinions, readable(statements(plan, drafts)))
+    return choose(plan, drafts, judgement)
+
+
+def statements(plan: Plan, drafts: Sequence[Draft]) -> list[str]:
+    """All ``n`` cleaned statements in candidate order; empty where the policy wrote nothing."""
+    texts = [""] * plan.n
+    for draft, places in zip(drafts, plan.places, strict=True):
+        for text, place in zip(draft.texts, places, strict=True):
+            texts[place] = clean_statement(text)
+    return texts
+
+
+def readable(texts: Sequence[str]) -> list[str]:
+    """The statements worth scoring, i.e. the non-empty ones.
+
+    Raises:
+        NoStatement: if there is none.
+    """
+    kept = [text for text in texts if text]
+    if not kept:
+        raise NoStatement(f"all {len(texts)} candidates are empty: the policy ends every statement at once")
+    return kept
+
+
+def choose(plan: Plan, drafts: Sequence[Draft], judgement: Judgement) -> Consensus:
+    """Aggregate the members' utilities into welfare and pick the winner. Ties go to the earlier candidate."""
+    # 1. Spread the scored columns over all candidates; empty statements get the lowest utility.
+    texts = statements(plan, drafts)
+    scored = [i for i, text in enumerate(texts) if text]
+    utilities = np.full((len(plan.opinions), plan.n), LOWEST_UTILITY)
+    utilities[:, scored] = judgement.utilities
+    column = {place: i for i, place in enumerate(scored)}
+    # 2. Welfare and winner under the function asked for, and under the three named ones.
+    values = np.asarray(welfare(utilities, plan.used.alpha))
+    best = best_index(values, scored)
+    winners = {name: _winner(texts, utilities, alpha, scored) for name, alpha in ALPHAS.items()}
+    # 3. The members' view of the winner.
+    shown = {member for draft in drafts for member in draft.shown}
+    members = tuple(
+        member_view(i, judgement.probabilities[i, column[best]], i in shown) for i in range(len(plan.opinions))
+    )
+    # 4. The result.
+    candidates = _candidates(plan, drafts, texts, utilities, values, judgement.raw, column)
+    not_shown = tuple(i for i in range(len(plan.opinions)) if i not in shown)
+    return Consensus(
+        statement=texts[best],
+        index=best,
+        welfare=float(values[best]),
+        welfare_used=plan.used,
+        candidates=candidates,
+        members=members,
+        dissenters=tuple(m.member for m in members if m.dissents),
+        winners=winners,
+        choice_mattered=len({texts[best], *(w.statement for w in winners.values())}) > 1,
+        not_shown=not_shown,
+        versions=Versions(plan.policy, drafts[0].version, judgement.version),
+        seed=plan.seed,
+        warnings=warnings_of(candidates, best, members, not_shown),
+    )
+
+
+def best_index(values: NDArray, among: Sequence[int]) -> int:
+    """Index of the highest of ``values`` [candidates] among the given indices; the first of equals."""
+    return max(among, key=lambda i: (values[i], -i))
+
+
+def _winner(texts: list[str], utilities: NDArray, alpha: float, scored: list[int]) -> Winner:
+    values = np.asarray(welfare(utilities, alpha))
+    best = best_index(values, scored)
+    return Winner(best, texts[best], float(values[best]))
+
+
+def _candidates(
+    plan: Plan,
+    drafts: Sequence[Draft],
+    texts: list[str],
+    utilities: NDArray,
+    values: NDArray,
+    raw: NDArray,
+    column: dict[int, int],
+) -> tuple[Candidate, ...]:
+    finished = [False] * plan.n
+    for draft, places in zip(drafts, plan.places, strict=True):
+        for ended, place in zip(draft.finished, places, strict=True):
+            finished[place] = ended
+    ranking = sorted(range(plan.n), key=lambda i: (i not in column, -values[i], i))
+    rank = {place: position + 1 for position, place in enumerate(ranking)}
+    return tuple(
+        Candidate(
+            statement=texts[i],
+            welfare=float(values[i]),
+            utilities=tuple(float(u) for u in utilities[:, i]),
+            scores=tuple(float(s) for s in raw[:, column[i]]) if i in column else None,
+            rank=rank[i],
+            finished=finished[i],
+        )
+        for i in range(plan.n)
+    )
+
+
+def member_view(member: int, probabilities: NDArray, shown: bool) -> MemberView:
+    """One member's predicted rating from P(rating = 1..7), shape [7]."""
+    p = np.asarray(probabilities, dtype=np.float64)
+    mean = float(p @ RATINGS)
+    disagree = float(p[:3].sum())
+    return MemberView(
+        member=member,
+        agreement=mean,
+        sd=float(np.sqrt(p @ (RATINGS - mean) ** 2)),
+        low=rating_quantile(p, 0.05),
+        high=rating_quantile(p, 0.95),
+        disagree=disagree,
+        dissents=disagree > 0.5,
+        shown=shown,
+    )
+
+
+def rating_quantile(probabilities: NDArray, level: float) -> int:
+    """Smallest rating k with P(rating <= k) >= level (up to 1e-9 of rounding); P has shape [7], level in (0, 1)."""
+    return int(np.argmax(np.cumsum(probabilities) >= level - 1e-9)) + 1
+
+
+def warnings_of(
+    candidates: Sequence[Candidate], best: int, members: Sequence[MemberView], not_shown: Sequence[int]
+) -> tuple[str, ...]:
+    """What a caller should know before using the statement, as sentences."""
+    warnings = []
+    distinct = {c.statement for c in candidates if c.statement}
+    empty = sum(not c.statement for c in candidates)
+    if not candidates[best].finished:
+        warnings.append("The chosen statement was cut off at the token limit.")
+    if empty:
+        warnings.append(f"{empty} of {len(candidates)} candidates are empty.")
+    if len(distinct) < len(candidates) - empty:
+        warnings.append(f"Only {len(distinct)} of {len(candidates)} candidates are distinct.")
+    if not_shown:
+        warnings.append(f"{len(not_shown)} opinions did not fit the policy's context; they were scored, not read.")
+    dissenters = sum(m.dissents for m in members)
+    if 2 * dissenters >= len(members):
+        warnings.append(f"{dissenters} of {len(members)} members likely disagree: this is no consensus.")
+    return tuple(warnings)

@@ -1,0 +1,166 @@
+"""Policy and preference model in this process: what the deployments wrap, and what the library calls directly."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from deliberation.prompts import preference_prefix, preference_suffix, statement_prompt
+from deliberation.types import InputError
+from embedded import resolve
+from reward.preference import PreferenceModel
+from reward.scoring import score
+from rl.policy import load_policy, sample
+from serving.best_of_n import Draft, Judgement, Order, Plan, answer
+from serving.config import Sampling, ServeConfig
+from serving.result import Consensus
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Short SHA-256 (16 hex digits) over names, types, shapes and bytes of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+class LocalSampler:
+    """A policy that reads as many opinions as fit its context and samples statements.
+
+    Args:
+        model, tokenizer: as ``rl.policy.load_policy`` returns them.
+        sampling: length, temperature, top_p.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling):
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.version = fingerprint(model)
+        self.room = int(model.config.max_position_embeddings) - sampling.max_new_tokens
+
+    @classmethod
+    def load(cls, model_name_or_path: str, sampling: Sampling, device: str = "cpu") -> LocalSampler:
+        """Load a policy folder (InputError on one without safetensors)."""
+        model, tokenizer = load_policy(model_name_or_path, device=device)
+        return cls(model, tokenizer, sampling)
+
+    def sample(self, question: str, opinions: Sequence[str], orders: Sequence[Order]) -> list[Draft]:
+        """One draft an order. Orders with the same count are sampled in one batch.
+
+        Raises:
+            InputError: if not even the question and one opinion fit the context.
+        """
+        shown = [self._shown(question, opinions, order.members) for order in orders]
+        drafts: dict[int, Draft] = {}
+        for count in sorted({order.count for order in orders}):
+            at = [i for i, order in enumerate(orders) if order.count == count]
+            prompts = [statement_prompt(question, [opinions[m] for m in shown[i]]) for i in at]
+            samples = sample(
+                self.model,
+                self.tokenizer,
+                prompts,
+                n=count,
+                seeds=[orders[i].seed for i in at],
+                max_new_tokens=self.sampling.max_new_tokens,
+                temperature=self.sampling.temperature,
+                top_p=self.sampling.top_p,
+            )
+            for i, row in zip(at, samples, strict=True):
+                texts, finished = tuple(s.text for s in row), tuple(s.finished for s in row)
+                drafts[i] = Draft(texts, finished, shown[i], self.version)
+        return [drafts[i] for i in range(len(orders))]
+
+    def _shown(self, question: str, opinions: Sequence[str], order: Sequence[int]) -> tuple[int, ...]:
+        """The longest leading part of ``order`` whose prompt leaves room for ``max_new_tokens``."""
+
+        def tokens(count: int) -> int:
+            prompt = statement_prompt(question, [opinions[m] for m in order[:count]])
+            return len(self.tokenizer(prompt).input_ids)
+
+        # The prompt grows with the number of opinions, so bisection finds the last one that fits.
+        count = bisect.bisect_right(range(1, len(order) + 1), self.room, key=tokens)
+        if count == 0:
+            mend = f"with the question takes {tokens(1)} tokens; this policy reads {self.room}: shorten either"
+            raise InputError(f"opinions[{order[0]}]", opinions[order[0]], mend)
+        return tuple(order[:count])
+
+
+class LocalJudge:
+    """A preference model that scores every statement for every member."""
+
+    def __init__(self, preference_model: PreferenceModel):
+        self.preference_model = preference_model
+        self.room = int(preference_model.model.config.max_position_embeddings)
+        self.version = fingerprint(preference_model.model)
+
+    @classmethod
+    def load(cls, path: str, device: str = "cpu") -> LocalJudge:
+        """Load a preference model folder (InputError on one without safetensors or calibration)."""
+        return cls(PreferenceModel.load(resolve(path), device=device))
+
+    def judge(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Judgement:
+        """Scores, utilities and rating probabilities of all members and statements.
+
+        Raises:
+            InputError: if an opinion with the longest statement exceeds the model's context.
+        """
+        self._check_room(question, opinions, statements)
+        scores = score(self.preference_model, question, list(opinions), list(statements))
+        probabilities = np.asarray(self.preference_model.calibration.probabilities(scores.raw))
+        return Judgement(scores.raw, scores.utilities, probabilities, self.version)
+
+    def _check_room(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> None:
+        tokenizer = self.preference_model.tokenizer
+        suffixes = [preference_suffix(statement) for statement in statements]
+        longest = max(len(ids) for ids in tokenizer(suffixes, add_special_tokens=False).input_ids)
+        prefixes = tokenizer([preference_prefix(question, opinion) for opinion in opinions]).input_ids
+        for i, prefix in enumerate(prefixes):
+            if len(prefix) + longest > self.room:
+                mend = (
+                    f"with question and statement takes {len(prefix) + longest} tokens; "
+                    f"this preference model reads {self.room}: shorten either"
+                )
+                raise InputError(f"opinions[{i}]", opinions[i], mend)
+
+
+class LocalServices:
+    """``serving.api.Services`` with all models in this process; one request at a time, in a thread.
+
+    Args:
+        policies: policy name -> sampler.
+        judge: scores for all policies.
+    """
+
+    def __init__(self, policies: Mapping[str, LocalSampler], judge: LocalJudge):
+        self.samplers, self.judge = dict(policies), judge
+        self.policies = tuple(self.samplers)
+        self._lock = threading.Lock()  # torch modules are not made for two callers at once
+
+    @classmethod
+    def load(cls, config: ServeConfig) -> LocalServices:
+        """Load all models that ``config`` names."""
+        samplers = {
+            name: LocalSampler.load(folder, config.sampling, config.device)
+            for name, folder in config.policy_folders().items()
+        }
+        return cls(samplers, LocalJudge.load(config.preference_model, config.device))
+
+    async def consensus(self, plan: Plan) -> Consensus:
+        """Answer a planned request."""
+        return await asyncio.to_thread(self._answer, plan)
+
+    def _answer(self, plan: Plan) -> Consensus:
+        with self._lock:
+            return answer(self.samplers[plan.policy], self.judge, plan)
+
+    async def versions(self) -> dict[str, str]:
+        """Prints of all models' weights: ``preference_model`` and ``policy:NAME``."""
+        prints = {f"policy:{name}": sampler.version for name, sampler in self.samplers.items()}
+        return {"preference_model": self.judge.version, **prints}

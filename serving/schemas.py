@@ -1,0 +1,284 @@
+"""Bodies of the HTTP interface: request, response (contract 6), health and problem (RFC 9457)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+
+from deliberation.types import MAX_MEMBERS, MAX_OPINION_CHARS, InputError
+from serving.best_of_n import MAX_CANDIDATES, MAX_SEED, check_count, check_readable, check_seed, check_welfare
+from serving.config import DEFAULT_POLICY
+from serving.result import Consensus
+
+
+def _text(value: str) -> str:
+    return check_readable("text", value)  # the field's real name comes from its place in the body
+
+
+def _group(value: list[str]) -> list[str]:
+    if not value:
+        raise InputError("opinions", value, "the group is empty; give at least one opinion")
+    if len(value) > MAX_MEMBERS:
+        raise InputError("opinions", f"{len(value)} opinions", f"give at most {MAX_MEMBERS}")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_text), Field(json_schema_extra={"maxLength": MAX_OPINION_CHARS, "minLength": 1})]
+Agreement = Annotated[float, Field(ge=1, le=7)]
+
+EXAMPLES: list[JsonValue] = [
+    {
+        "question": "Should school meals be free for all children?",
+        "opinions": [
+            "Yes. No child learns well on an empty stomach, and a shared meal leaves nobody out.",
+            "I would rather spend the money on the children who really need it.",
+            "Free meals are fine if the food is healthy and the costs are made public.",
+        ],
+        "n": 16,
+        "welfare": "nash",
+        "seed": 7,
+    },
+    {
+        "question": "Should the speed limit in towns be lowered to 30 km/h?",
+        "opinions": ["Yes, for the safety of children.", "No, buses would get slower and emptier."],
+        "n": 8,
+        "welfare": "rawlsian",
+    },
+]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class ConsensusRequest(_Model):
+    """A group's opinions on a question. Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": EXAMPLES})
+
+    question: Text
+    """The question the group discusses, best as a yes/no question."""
+
+    opinions: Annotated[
+        list[Text], AfterValidator(_group), Field(json_schema_extra={"minItems": 1, "maxItems": MAX_MEMBERS})
+    ]
+    """One text a member; the answer counts members in this order, from 0."""
+
+    n: Annotated[int, AfterValidator(check_count)] | None = Field(
+        default=None, json_schema_extra={"minimum": 1, "maximum": MAX_CANDIDATES}
+    )
+    """Candidates to sample and choose from. Default: the service's ``num_candidates`` (16)."""
+
+    welfare: Annotated[str | float, BeforeValidator(check_welfare)] | None = None
+    """How the members' predicted agreement becomes one number: ``utilitarian`` (mean), ``nash`` (geometric mean),
+    ``rawlsian`` (worst-off member), or the inequality aversion alpha >= 0 (``"inf"`` allowed). Default: the
+    service's (nash)."""
+
+    policy: str = DEFAULT_POLICY
+    """Name of the policy that writes the candidates; ``GET /healthz`` lists the names."""
+
+    seed: Annotated[int, AfterValidator(check_seed)] | None = Field(
+        default=None, json_schema_extra={"minimum": 0, "maximum": MAX_SEED}
+    )
+    """Same seed, models and request: same answer. Default: the service's seed (0)."""
+
+
+class WelfareOut(_Model):
+    """The welfare function that chose."""
+
+    name: str | None
+    """``utilitarian``, ``nash``, ``rawlsian``, or null for another alpha."""
+
+    alpha: float | Literal["inf"]
+    """Inequality aversion: 0 utilitarian, 1 Nash, ``"inf"`` Rawlsian."""
+
+
+class CandidateOut(_Model):
+    """One sampled statement."""
+
+    statement: str
+    """Its text; empty if the policy wrote nothing."""
+
+    welfare: Agreement
+    """The group's predicted welfare under the welfare function asked for, 1 to 7."""
+
+    utilities: list[float]
+    """Each member's predicted agreement (expected rating, 1 to 7), in the order of the opinions."""
+
+    scores: list[float] | None
+    """Each member's raw preference-model score; null for an empty statement."""
+
+    rank: int = Field(ge=1)
+    """1 for the best."""
+
+    finished: bool
+    """False if the statement was cut off at the token limit."""
+
+
+class MemberOut(_Model):
+    """What one member is predicted to think of the consensus."""
+
+    member: int
+    """Index into the opinions, from 0."""
+
+    agreement: Agreement
+    """Expected rating, 1 (strongly disagree) to 7 (strongly agree)."""
+
+    sd: float = Field(ge=0)
+    """Standard deviation of the predicted rating."""
+
+    low: int = Field(ge=1, le=7)
+    """5 % quantile of the predicted rating."""
+
+    high: int = Field(ge=1, le=7)
+    """95 % quantile of the predicted rating."""
+
+    disagree: float = Field(ge=0, le=1.000001)
+    """Probability of a rating below 4."""
+
+    dissents: bool
+    """True if ``disagree`` is above 1/2."""
+
+    shown: bool
+    """False if the policy did not read this member's opinion."""
+
+
+class WinnerOut(_Model):
+    """The candidate one welfare function would choose."""
+
+    index: int
+    """Its index in ``candidates``."""
+
+    statement: str
+    """Its text."""
+
+    welfare: Agreement
+    """Its welfare under that function."""
+
+
+class VersionsOut(_Model):
+    """Which models answered."""
+
+    policy: str
+    """Name of the policy."""
+
+    policy_weights: str
+    """Short SHA-256 of its weights."""
+
+    preference_model_weights: str
+    """Short SHA-256 of the preference model's weights."""
+
+
+class ConsensusResponse(_Model):
+    """The statement with the highest predicted welfare, and everything it was chosen by.
+
+    All agreement is predicted by a model, not given by the members.
+    """
+
+    statement: str
+    """The chosen statement."""
+
+    index: int
+    """Its index in ``candidates``."""
+
+    welfare: Agreement
+    """The group's predicted welfare of it, 1 to 7."""
+
+    welfare_used: WelfareOut
+    """Name and alpha of the welfare function that chose."""
+
+    candidates: list[CandidateOut]
+    """All candidates, in sampling order."""
+
+    members: list[MemberOut]
+    """One entry a member, in the order of the opinions."""
+
+    dissenters: list[int]
+    """Members who likely dissent."""
+
+    winners: dict[str, WinnerOut]
+    """What ``utilitarian``, ``nash`` and ``rawlsian`` would choose."""
+
+    choice_mattered: bool
+    """True if the welfare functions do not all choose the same text."""
+
+    not_shown: list[int]
+    """Members whose opinions the policy did not read, for want of room; they were scored all the same."""
+
+    versions: VersionsOut
+    """Name of the policy, and prints of both models' weights."""
+
+    seed: int
+    """Send it again to get the same answer."""
+
+    warnings: list[str]
+    """Read these before using the statement."""
+
+    @classmethod
+    def of(cls, consensus: Consensus) -> ConsensusResponse:
+        """The response for a library result."""
+        data: dict[str, Any] = asdict(consensus)
+        if data["welfare_used"]["alpha"] == float("inf"):  # JSON has no infinity
+            data["welfare_used"]["alpha"] = "inf"
+        return cls.model_validate(data)
+
+
+class Health(_Model):
+    """The service is up and its models answer."""
+
+    status: Literal["ok"]
+    """Always ``ok``; a service that is not answers 503."""
+
+    policies: list[str]
+    """Names of the policies a request may ask for."""
+
+    versions: dict[str, str]
+    """Short SHA-256 of the weights: ``preference_model``, and ``policy:NAME`` for each policy."""
+
+
+class FieldError(_Model):
+    """What is wrong with one field."""
+
+    field: str
+    """Its name in the body, e.g. ``opinions[2]``."""
+
+    value: Any
+    """The value sent (shortened)."""
+
+    mend: str
+    """What to do about it."""
+
+
+class Problem(_Model):
+    """An error as RFC 9457 has it (``application/problem+json``)."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "urn:consensus-machine:problem:bad-input",
+                    "title": "Bad input",
+                    "status": 422,
+                    "detail": "n: must be an integer from 1 to 64",
+                    "errors": [{"field": "n", "value": 0, "mend": "must be an integer from 1 to 64"}],
+                }
+            ]
+        }
+    )
+
+    type: str
+    """Stable name of the kind of problem; ``about:blank`` where the status says it all."""
+
+    title: str
+    """The kind of problem in words."""
+
+    status: int
+    """The HTTP status."""
+
+    detail: str
+    """This very problem, in one line."""
+
+    errors: list[FieldError]
+    """One entry a field at fault; empty where no field is."""

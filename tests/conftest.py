@@ -1,0 +1,56 @@
+"""Shared fixtures: tiny models, one Ray cluster a test session."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+
+import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture
+def tiny_policy(tiny_tokenizer):
+    return tiny.make_policy(tiny_tokenizer)
+
+
+@pytest.fixture
+def tiny_judge(tiny_tokenizer):
+    return tiny.make_judge(tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local Ray a session: 2 CPUs (logical 4), own temp folder, shut down whatever happens."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temp:
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=200_000_000,
+            _temp_dir=temp,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()

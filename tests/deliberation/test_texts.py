@@ -1,0 +1,212 @@
+"""Types, prompts, questions, readers and splits."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deliberation.datasets import (
+    read_deliberations,
+    read_ratings,
+    read_table,
+    read_votes,
+    split_by_topic,
+    write_jsonl,
+)
+from deliberation.prompts import (
+    CLOSING,
+    clean_statement,
+    few_shot_statement_prompt,
+    one_line,
+    preference_prefix,
+    preference_suffix,
+    statement_prompt,
+)
+from deliberation.questions import SPLITS, invented_question, load_questions, read_questions
+from deliberation.types import MAX_MEMBERS, MAX_OPINION_CHARS, Deliberation, InputError, Rating, Vote
+
+
+def test_the_statement_prompt_is_the_papers():
+    prompt = statement_prompt("Should buses be free?", ["Yes.", "No."])
+    lines = prompt.split("\n")
+    assert lines[0].startswith("A citizen's jury was tasked with coming up with consensus opinions")
+    assert lines[1:] == ["Question: Should buses be free?", "Opinion: Yes.", "Opinion: No.", CLOSING]
+
+
+def test_the_few_shot_prompt_shows_its_examples_and_ends_open():
+    prompt = few_shot_statement_prompt([("Q1?", ["a", "b"], "S1.")], "Q2?", ["c"])
+    assert prompt.endswith(
+        "Question: Q1?\nOpinion: a\nOpinion: b\nConsensus: S1.\nQuestion: Q2?\nOpinion: c\nConsensus:"
+    )
+
+
+def test_the_preference_prompt_puts_the_candidate_last():
+    assert preference_prefix("Q?", "o") + preference_suffix("s") == "Question: Q?\nOpinion: o\nConsensus: s"
+
+
+@given(st.text(min_size=1))
+def test_no_opinion_can_fake_a_line_of_the_prompt(opinion):
+    prompt = statement_prompt("Q?", [opinion])
+    assert len(prompt.split("\n")) == 4 and "\r" not in prompt
+
+
+@given(st.text())
+def test_one_line_is_idempotent_and_has_no_line_breaks(text):
+    folded = one_line(text)
+    assert one_line(folded) == folded and len(folded.splitlines()) <= 1
+
+
+@pytest.mark.parametrize(
+    "completion, statement",
+    [
+        (" We agree.\nQuestion: x", "We agree."),
+        ('"We agree."', "We agree."),
+        ("", ""),
+        ("\n\n", ""),
+        (f"{CLOSING} We agree.", "We agree."),
+        ("Consensus: We  agree. ", "We agree."),
+    ],
+)
+def test_completions_are_cleaned(completion, statement):
+    assert clean_statement(completion) == statement
+
+
+@pytest.mark.parametrize(
+    "make, field",
+    [
+        (lambda: Deliberation("d", "Q?", ()), "opinions"),
+        (lambda: Deliberation("d", " ", ("o",)), "question"),
+        (lambda: Deliberation("d", "Q?", ("o", "")), "opinions[1]"),
+        (lambda: Deliberation("d", "Q?", ("o" * (MAX_OPINION_CHARS + 1),)), "opinions[0]"),
+        (lambda: Deliberation("d", "Q?", ("o",) * (MAX_MEMBERS + 1)), "opinions"),
+        (lambda: Deliberation("d", "Q?", (3,)), "opinions[0]"),
+        (lambda: Rating("d", 0, "Q?", "o", "s", 8, 1), "agreement"),
+        (lambda: Rating("d", 0, "Q?", "o", "s", 1, 0), "quality"),
+        (lambda: Vote("c", "p", "s", 2), "vote"),
+    ],
+)
+def test_bad_values_are_named(make, field):
+    with pytest.raises(InputError) as caught:
+        make()
+    assert caught.value.field == field and caught.value.mend
+
+
+def test_our_questions_are_many_over_many_topics_split_by_topic():
+    splits = {name: load_questions(name) for name in SPLITS}
+    everything = [q for questions in splits.values() for q in questions]
+    assert len(everything) >= 600 and len({q.topic for q in everything}) >= 40
+    assert len({q.text for q in everything}) == len({q.id for q in everything}) == len(everything)
+    topics = [{q.topic for q in questions} for questions in splits.values()]
+    assert not topics[0] & topics[1] and not topics[0] & topics[2] and not topics[1] & topics[2]
+    for q in everything:
+        assert q.affirming.endswith(".") and q.negating.endswith(".") and q.affirming != q.negating
+        assert len(q.affirming.split()) <= 13
+
+
+def test_an_unknown_split_is_named():
+    with pytest.raises(InputError, match="split"):
+        load_questions("dev")
+
+
+def test_invented_questions_seldom_repeat():
+    from random import Random
+
+    rng = Random(0)
+    texts = Counter(invented_question(rng).text for _ in range(300))
+    assert len(texts) > 290
+
+
+def test_foreign_question_files_are_read(tmp_path):
+    row = {
+        "question": "Q?",
+        "affirming_statement": "Tea is nice.",
+        "negating_statement": "Tea is NOT nice.",
+        "topic": 3,
+        "split": "val_topic",
+    }
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (question,) = read_questions(path, splits=("val_topic",))
+    assert question.negating == "Tea is not nice." and question.topic == "3"
+    assert read_questions(path, splits=("train",)) == []
+    path.write_text(json.dumps({k: v for k, v in row.items() if k != "topic"}))
+    with pytest.raises(InputError, match="'topic'"):
+        read_questions(path)
+    with pytest.raises(InputError, match="no such file"):
+        read_questions(tmp_path / "none.jsonl")
+
+
+ROW = {
+    "deliberation_id": "d",
+    "member": 0,
+    "question": "Q?",
+    "opinion": "o",
+    "statement": "s",
+    "agreement": 5,
+    "quality": 4,
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_ratings_round_trip(tmp_path, suffix):
+    path = tmp_path / f"r{suffix}"
+    if suffix == ".jsonl":
+        write_jsonl(path, [ROW, ROW])
+    else:
+        pq.write_table(pa.Table.from_pylist([ROW, ROW]), path)
+    assert read_ratings(path) == [Rating(**ROW)] * 2
+
+
+@pytest.mark.parametrize("column", sorted(ROW))
+def test_a_missing_column_is_named(tmp_path, column):
+    path = write_jsonl(tmp_path / "r.jsonl", [ROW, {k: v for k, v in ROW.items() if k != column}])
+    with pytest.raises(InputError, match=f"row 2.*'{column}'"):
+        read_ratings(path)
+
+
+def test_bad_tables_are_named(tmp_path):
+    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "b.jsonl").write_text("{not json}")
+    (tmp_path / "c.jsonl").write_text("[1]")
+    (tmp_path / "d.jsonl").write_text("\n")
+    messages = {
+        "a.csv": "neither",
+        "b.jsonl": "line 1.*not JSON",
+        "c.jsonl": "not a JSON object",
+        "d.jsonl": "no rows",
+        "e.jsonl": "no such file",
+    }
+    for name, message in messages.items():
+        with pytest.raises(InputError, match=message):
+            read_table(tmp_path / name, ["x"])
+
+
+def test_deliberations_and_votes_are_read(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"question": "Q?", "opinions": ["a", "b"], "topic": "t"}])
+    assert read_deliberations(path) == [Deliberation("0", "Q?", ("a", "b"), "t")]
+    row = {"conversation_id": "c", "participant_id": "p", "statement_id": "s", "vote": -1}
+    assert read_votes(write_jsonl(tmp_path / "v.jsonl", [row])) == [Vote("c", "p", "s", -1)]
+
+
+@given(st.integers(3, 30), st.integers(0, 99))
+def test_splits_by_topic_cut_no_topic_and_lose_nothing(topics, seed):
+    items = [Deliberation(f"{t}-{k}", "Q?", ("o",), f"t{t}") for t in range(topics) for k in range(3)]
+    parts = split_by_topic(items, [8, 1, 1], seed)
+    assert sorted(d.id for part in parts for d in part) == sorted(d.id for d in items)
+    sets = [{d.topic for d in part} for part in parts]
+    assert all(sets) and sum(map(len, sets)) == topics
+    assert parts == split_by_topic(items, [8, 1, 1], seed)
+
+
+def test_bad_splits_are_named():
+    items = [Deliberation("d", "Q?", ("o",), "t")]
+    with pytest.raises(InputError, match="topics"):
+        split_by_topic(items, [1, 1], 0)
+    with pytest.raises(InputError, match="shares"):
+        split_by_topic(items, [1, 0], 0)

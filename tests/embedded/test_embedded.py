@@ -1,0 +1,121 @@
+"""What the embedded models read: nothing held out, labels that fit, packing that changes no score."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+import torch
+
+from deliberation.lexicon import HELD_OUT_EVERY, load_lexicon
+from deliberation.questions import load_questions
+from embedded import resolve
+from embedded.corpus import foreign_words, writer_document
+from embedded.ratings import AUX, KINDS, MEMBERS, STATEMENTS, WORDING, Labeller, rows
+from embedded.train_judge import Judge, collate, losses
+from embedded.train_writer import as_tensors, optimisers, schedule
+
+
+def test_training_documents_hold_no_held_out_topic_or_word():
+    rng = Random(0)
+    text = " ".join("".join(writer_document(rng)) for _ in range(400))
+    lexicon = load_lexicon()
+    held_out = {w for part in (lexicon.modifiers, lexicon.heads) for w in part[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]}
+    topics = {q.text for split in ("validation", "test") for q in load_questions(split)}
+    # words that our training questions use by themselves are no news to the model
+    known = {w.strip(".?").lower() for q in load_questions("train") for w in f"{q.text} {q.affirming}".split()}
+    fixed = {
+        w for table in (lexicon.concerns, lexicon.measures) for ps in table.values() for p in ps for w in p.split()
+    }
+    fixed |= {w for p in (*lexicon.predicates, *lexicon.acts, *lexicon.tails) for w in p.split()}
+    words = {w.strip(".,?").lower() for w in text.split()}
+    assert not (words & held_out) - known - fixed
+    assert not any(topic in text for topic in topics)
+
+
+def test_foreign_words_replace_alike_in_all_texts():
+    texts = foreign_words(["The nurses wait.", "Nurses and nurses."] * 3, Random(1))
+    assert "nurses" not in " ".join(texts).lower()
+    (word,) = {t.split()[1].lower() for t in texts if t.startswith("The")}
+    assert all(word in t.lower() for t in texts)
+
+
+@pytest.fixture(scope="module")
+def packed():
+    from transformers import AutoTokenizer
+
+    return rows(Labeller(AutoTokenizer.from_pretrained(resolve("embedded/judge"))), Random(0), [])
+
+
+def test_rows_hold_labels_for_every_token(packed):
+    assert len(packed) == MEMBERS
+    for row in packed:
+        tokens = len(row.prefix) + sum(map(len, row.suffixes))
+        assert len(row.suffixes) == len(row.agreement) == STATEMENTS
+        assert len(row.kinds) == len(row.uses) == len(row.wording) == len(row.gains) == tokens
+        assert all(0 < a < 1 for a in row.agreement) and all(len(a) == len(AUX) for a in row.aux)
+        assert any(row.kinds) and max(row.kinds) < len(KINDS) and max(row.wording) < len(WORDING)
+
+
+def tiny_classifier():
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification._from_config(
+        LlamaConfig(vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+                    num_labels=1, pad_token_id=0), attn_implementation="eager").eval()  # fmt: skip
+
+
+def test_packing_changes_no_score(packed):
+    model, batch = tiny_classifier(), collate(packed, 0)
+    with torch.no_grad():
+        states = model.model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask,
+                             use_cache=False).last_hidden_state  # fmt: skip
+        scores = model.score(states[batch.last[:, 0], batch.last[:, 1]])[:, 0]
+        alone = [model(input_ids=torch.tensor([r.prefix + s])).logits[0, 0] for r in packed for s in r.suffixes]
+    assert torch.allclose(scores, torch.stack(alone), atol=1e-5)
+
+
+def test_a_few_judge_steps_lower_the_loss(packed):
+    judge, batch = Judge(tiny_classifier()), collate(packed, 0)
+    steps = []
+    opts = optimisers(judge, 0.01)
+    for _ in range(12):
+        loss, _ = losses(judge, batch)
+        loss.backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        steps.append(float(loss))
+    assert steps[-1] < 0.8 * steps[0]
+
+
+def test_writer_batches_predict_the_whole_completion_and_no_padding():
+    rows_ = [(list(range(10, 30)), 12), (list(range(10, 24)), 9)]
+    torch.manual_seed(0)
+    ids, labels = as_tensors(rows_, 0, 4)
+    assert ids.shape == (2, 20) and (ids[1, 14:] == 0).all() and (labels[1, 14:] == -100).all()
+    assert (labels[:, :4] == -100).all() and (labels[0, 12:] == ids[0, 12:]).all()
+    assert (labels[1, 9:14] == ids[1, 9:14]).all()
+
+
+def test_schedule_warms_up_and_decays():
+    assert schedule(0.0) == 0 and schedule(0.02) == 1 and schedule(1.0) == pytest.approx(0.02)
+    assert schedule(1.0, end=1.0) == 1 and schedule(0.3) > schedule(0.6)
+
+
+def test_the_shipped_models_are_small_safetensors_that_transformers_loads():
+    from pathlib import Path
+
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    writer = AutoModelForCausalLM.from_pretrained(resolve("embedded/writer"), use_safetensors=True)
+    judge = AutoModelForSequenceClassification.from_pretrained(resolve("embedded/judge"), use_safetensors=True)
+    assert judge.config.num_labels == 1 and writer.config.model_type == judge.config.model_type == "llama"
+    folders = [Path(resolve(f"embedded/{name}")) for name in ("writer", "judge")]
+    sizes = [p.stat().st_size for folder in folders for p in folder.iterdir()]
+    assert sum(sizes) <= 25e6 and not [p for f in folders for p in f.iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_other_names_are_not_touched():
+    assert resolve("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B" and resolve("runs/x") == "runs/x"

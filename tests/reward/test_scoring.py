@@ -1,0 +1,252 @@
+"""Shared-prefix scores equal one-by-one scores, whatever the order, batch, padding or architecture."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
+)
+
+from deliberation.types import InputError, Rating
+from reward import scoring
+from reward.preference import Calibration, PreferenceModel
+from reward.scoring import pad, prefix_states, score, score_one_by_one, score_ratings, suffix_scores
+
+import tiny
+
+CALIBRATION = Calibration((-2.0, -1.0, -0.3, 0.3, 1.0, 2.0), slope=2.0)
+QUESTION = "Should buses be free?"
+OPINIONS = ["Yes.", "Only if the council can pay for it without closing libraries.", "No, never; riders should pay."]
+STATEMENTS = ["Free.", "Buses should be free for those who need it most.", "No.", "Let us try it for a year first."]
+
+
+def preference_model(arch="llama", seed=0):
+    tokenizer = tiny.make_tokenizer()
+    return PreferenceModel(tiny.make_judge(tokenizer, arch=arch, seed=seed), tokenizer, CALIBRATION)
+
+
+MODEL = preference_model()
+
+
+def absolute_positions():
+    """GPT-2: learned absolute positions, where a wrong position id cannot hide as it can with RoPE."""
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tokenizer()
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        num_labels=1,
+        pad_token_id=0,
+        initializer_range=0.1,
+    )
+    return PreferenceModel(GPT2ForSequenceClassification(config).eval(), tokenizer, CALIBRATION)
+
+
+def same(a, b):
+    np.testing.assert_allclose(a.raw, b.raw, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(a.utilities, b.utilities, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make", [preference_model, lambda: preference_model("qwen3"), absolute_positions])
+@pytest.mark.parametrize("batch_tokens", [1, 150, 600, 100_000])
+def test_equals_one_by_one_for_any_batch(make, batch_tokens):
+    model = make()
+    reference = score_one_by_one(model, QUESTION, OPINIONS, STATEMENTS)
+    assert reference.raw.std() > 1e-2  # the rows differ, so that agreement means something
+    same(score(model, QUESTION, OPINIONS, STATEMENTS, batch_tokens=batch_tokens), reference)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.text("ab é.", min_size=1, max_size=40).filter(str.strip), min_size=1, max_size=4),
+    st.lists(st.text("abc d.", min_size=1, max_size=40).filter(str.strip), min_size=1, max_size=5),
+    st.integers(1, 400),
+)
+def test_equals_one_by_one_for_any_text(opinions, statements, batch_tokens):
+    same(
+        score(MODEL, QUESTION, opinions, statements, batch_tokens=batch_tokens),
+        score_one_by_one(MODEL, QUESTION, opinions, statements),
+    )
+
+
+def test_order_changes_nothing():
+    forward = score(MODEL, QUESTION, OPINIONS, STATEMENTS)
+    backward = score(MODEL, QUESTION, OPINIONS[::-1], STATEMENTS[::-1])
+    np.testing.assert_allclose(backward.raw[::-1, ::-1], forward.raw, atol=1e-5, rtol=0)
+
+
+def test_one_member_and_one_statement():
+    alone = score(MODEL, QUESTION, OPINIONS[1:2], STATEMENTS[2:3])
+    assert alone.raw.shape == alone.utilities.shape == (1, 1)
+    assert alone.raw.dtype == alone.utilities.dtype == np.float32
+    together = score(MODEL, QUESTION, OPINIONS, STATEMENTS)
+    assert alone.raw[0, 0] == pytest.approx(together.raw[1, 2], abs=1e-5)
+
+
+def test_utilities_are_the_calibrated_scores():
+    scores = score(MODEL, QUESTION, OPINIONS, STATEMENTS)
+    np.testing.assert_allclose(scores.utilities, CALIBRATION.utilities(scores.raw), rtol=1e-6)
+
+
+def test_prefixes_once_and_equal_texts_once(monkeypatch):
+    seen = {"prefixes": 0, "rows": 0}
+
+    def count_prefixes(model, ids, lengths):
+        seen["prefixes"] += len(ids)
+        return prefix_states(model, ids, lengths)
+
+    def count_rows(model, states, ids, lengths, owners):
+        seen["rows"] += len(ids)
+        return suffix_scores(model, states, ids, lengths, owners)
+
+    monkeypatch.setattr(scoring, "prefix_states", count_prefixes)
+    monkeypatch.setattr(scoring, "suffix_scores", count_rows)
+    opinions, statements = [*OPINIONS, OPINIONS[0]], [*STATEMENTS, STATEMENTS[1], " " + STATEMENTS[1] + "\n"]
+    scores = score(MODEL, QUESTION, opinions, statements, batch_tokens=200)
+    assert seen == {"prefixes": 3, "rows": 12}
+    np.testing.assert_array_equal(scores.raw[0], scores.raw[3])
+    np.testing.assert_array_equal(scores.raw[:, 1], scores.raw[:, 5])
+    same(scores, score_one_by_one(MODEL, QUESTION, opinions, statements))
+
+
+def test_padding_is_never_read_even_when_pad_is_eos():
+    model = MODEL.model
+    prefixes, suffixes = [[5, 6, 7, 8], [9, 10]], [[11, 2], [12, 13, 14], [2]]  # 2 is eos, a real token here
+    owners = torch.tensor([0, 1, 1])
+
+    def run(prefix_pad, suffix_pad):
+        (p, p_lengths), (s, s_lengths) = pad(prefixes), pad(suffixes)
+        p[torch.arange(p.shape[1]) >= p_lengths[:, None]] = prefix_pad
+        s[torch.arange(s.shape[1]) >= s_lengths[:, None]] = suffix_pad
+        with torch.no_grad():
+            return suffix_scores(model, prefix_states(model, p, p_lengths), s, s_lengths, owners)
+
+    torch.testing.assert_close(run(0, 0), run(200, 2), atol=1e-6, rtol=0)
+    with torch.no_grad():
+        whole = model(torch.tensor([[9, 10, 2]])).logits[0, 0]
+    torch.testing.assert_close(run(2, 2)[2], whole, atol=1e-5, rtol=0)
+
+
+def test_gradient_through_a_shared_prefix_equals_the_dense_gradient():
+    model = preference_model(seed=1).model
+    prefixes, suffixes, owners = [[5, 6, 7, 8], [9, 10]], [[11], [12, 13, 14], [15, 16]], [0, 1, 0]
+    weights = torch.tensor([1.0, -2.0, 0.5])
+
+    model.zero_grad()
+    shared = suffix_scores(model, prefix_states(model, *pad(prefixes)), *pad(suffixes), torch.tensor(owners))
+    (shared * weights).sum().backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    model.zero_grad()
+    for suffix, owner, weight in zip(suffixes, owners, weights, strict=True):
+        (model(torch.tensor([prefixes[owner] + suffix])).logits[0, 0] * weight).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, atol=1e-5, rtol=1e-4)
+    assert ours["model.layers.0.self_attn.k_proj.weight"].abs().max() > 1e-4
+
+
+def test_ratings_of_different_members_have_different_statements():
+    rows = [(0, 0), (1, 3), (0, 2), (2, 1), (1, 0)]
+    ratings = [Rating("d", i, QUESTION, OPINIONS[i], STATEMENTS[j], 4, 4) for i, j in rows]
+    table = score_one_by_one(MODEL, QUESTION, OPINIONS, STATEMENTS).raw
+    for batch_tokens in (1, 10_000):
+        ours = score_ratings(MODEL, ratings, batch_tokens=batch_tokens)
+        np.testing.assert_allclose(ours, [table[row] for row in rows], atol=1e-5, rtol=0)
+
+
+# --- refusals
+
+
+class _Classifier(torch.nn.Module):
+    """An Lfm2 language model dressed as a classifier, as transformers has no such class."""
+
+    base_model_prefix = "model"
+
+    def __init__(self, causal):
+        super().__init__()
+        self.model, self.config, self.device = causal.model, causal.config, torch.device("cpu")
+        self.score = torch.nn.Linear(causal.config.hidden_size, 1)
+
+
+def test_convolutional_layers_are_refused():
+    config = Lfm2Config(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        full_attn_idxs=[1],
+    )
+    model = PreferenceModel(_Classifier(Lfm2ForCausalLM(config)), MODEL.tokenizer, CALIBRATION)
+    with pytest.raises(InputError, match="conv") as error:
+        score(model, QUESTION, OPINIONS, STATEMENTS)
+    assert error.value.field == "preference_model"
+
+
+def test_sliding_windows_are_refused():
+    config = MistralConfig(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=8,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    model = PreferenceModel(MistralForSequenceClassification(config).eval(), MODEL.tokenizer, CALIBRATION)
+    with pytest.raises(InputError, match="cache|sliding"):
+        score(model, QUESTION, OPINIONS, STATEMENTS)
+
+
+def test_texts_longer_than_the_model_reads_are_refused():
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=80,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    model = PreferenceModel(LlamaForSequenceClassification(config).eval(), MODEL.tokenizer, CALIBRATION)
+    assert score(model, "Q?", ["o"], ["yes"]).raw.shape == (1, 1)
+    with pytest.raises(InputError, match="at most 80"):
+        score(model, "Q?", ["o"], ["yes", "y" * 60])
+
+
+@pytest.mark.parametrize(
+    "opinions, statements, field",
+    [([], ["yes"], "opinions"), (["o"], [], "statements"), (["o"], ["yes", " \n"], "statements[1]")],
+)
+def test_nothing_to_score_is_refused(opinions, statements, field):
+    for function in (score, score_one_by_one):
+        with pytest.raises(InputError) as error:
+            function(MODEL, QUESTION, opinions, statements)
+        assert error.value.field == field
+
+
+@pytest.mark.slow
+def test_imports_without_ray():
+    code = "import reward.scoring, reward.group_reward, sys; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,195 @@
+"""PPO wired to the group reward: in this process, with LoRA, and with Ray actors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from deliberation.types import InputError
+from reward.preference import Calibration, PreferenceModel
+from rl.data import ppo_prompts
+from rl.policy import load_policy
+from rl.train import PPOScriptConfig, main, train_ppo
+
+import tiny
+
+ROWS = [
+    {"question": "Should trams be free?", "opinions": ["Yes, for all.", "No, too dear."]},
+    {"question": "Ban cars?", "opinions": ["No.", "Yes, in the centre.", "On Sundays."]},
+]
+
+
+@pytest.fixture
+def folders(tmp_path, tiny_tokenizer):
+    """(policy, preference model): saved tiny Qwen3 policy, tiny Llama judge."""
+    tiny.make_policy(tiny_tokenizer, "qwen3").save_pretrained(tmp_path / "policy")
+    tiny_tokenizer.save_pretrained(tmp_path / "policy")
+    calibration = Calibration((-3.0, -2.0, -1.0, 1.0, 2.0, 3.0))
+    PreferenceModel(tiny.make_judge(tiny_tokenizer), tiny_tokenizer, calibration, {}).save(tmp_path / "judge")
+    return str(tmp_path / "policy"), str(tmp_path / "judge")
+
+
+def settings(tmp_path, folders, **keys) -> PPOScriptConfig:
+    defaults = {
+        "model_name_or_path": folders[0],
+        "preference_model": folders[1],
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "num_prompts": 2,
+        "num_generations": 2,
+        "num_mini_batches": 1,
+        "max_completion_length": 6,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return PPOScriptConfig(**{**defaults, **keys})
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_updates_save_a_policy_and_log_every_member(tmp_path, folders):
+    trainer = train_ppo(settings(tmp_path, folders), ROWS)
+    assert trainer.state.global_step == 2
+    policies = [load_policy(path, device="cpu")[0] for path in (folders[0], str(tmp_path / "run"))]
+    before, after = (dict(policy.named_parameters()) for policy in policies)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    updates = [line for line in log_of(tmp_path / "run") if "reward" in line]
+    assert len(updates) == 2
+    assert {"rewards/group_reward/mean", "rewards/member_0/mean", "rewards/worst_member/mean"} <= set(updates[0])
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_welfare_reaches_the_reward(tmp_path, folders):
+    """On the same first samples the worst-off member's utility is below the mean of all."""
+    first = {}
+    for welfare in ("utilitarian", "rawlsian"):
+        run = tmp_path / welfare
+        train_ppo(settings(tmp_path, folders, welfare=welfare, output_dir=str(run), max_steps=1), ROWS)
+        first[welfare] = next(line for line in log_of(run) if "reward" in line)
+    assert first["rawlsian"]["reward"] == pytest.approx(first["rawlsian"]["rewards/worst_member/mean"])
+    assert first["rawlsian"]["reward"] < first["utilitarian"]["reward"]
+
+
+def test_lora_trains_an_adapter(tmp_path, folders):
+    keys = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
+    train_ppo(settings(tmp_path, folders, **keys), ROWS)
+    model, _ = load_policy(str(tmp_path / "run"), device="cpu")
+    assert isinstance(model, PeftModel)
+    assert any(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_an_adapter_as_policy_is_merged_so_that_it_is_the_reference(tmp_path, folders, tiny_tokenizer, use_peft):
+    torch.manual_seed(1)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    fine_tuned = get_peft_model(load_policy(folders[0], device="cpu")[0], lora).eval()
+    fine_tuned.save_pretrained(tmp_path / "sft")
+    tiny_tokenizer.save_pretrained(tmp_path / "sft")
+    keys = {"use_peft": use_peft, "lora_r": 4, "lora_target_modules": ["q_proj"]}
+    config = settings(tmp_path, folders, model_name_or_path=str(tmp_path / "sft"), **keys)
+    train_ppo(config, ROWS)
+    # The KL to the reference starts at 0: the reference is the fine-tuned policy, not its base.
+    assert next(line for line in log_of(tmp_path / "run") if "kl" in line)["kl"] == pytest.approx(0, abs=1e-6)
+    model, _ = load_policy(str(tmp_path / "run"), device="cpu")
+    assert isinstance(model, PeftModel) == use_peft
+    if use_peft:  # what is loaded from disk stands on the fine-tuned policy
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with model.disable_adapter():
+            torch.testing.assert_close(model(input_ids=ids).logits, fine_tuned(input_ids=ids).logits)
+
+
+def test_a_separate_value_model_starts_from_the_preference_model(tmp_path, folders):
+    trainer = train_ppo(settings(tmp_path, folders, separate_value_model=True, value_learning_rate=0.0), ROWS)
+    judge = PreferenceModel.load(folders[1]).model
+    inner = trainer.model.value_model
+    assert torch.equal(inner.base_model.embed_tokens.weight, judge.base_model.embed_tokens.weight)
+    assert (tmp_path / "run" / "value_model").is_dir()
+
+
+def test_a_value_model_with_another_tokenizer_is_refused(tmp_path, folders, tiny_tokenizer):
+    policy = tmp_path / "policy"
+    text = (policy / "tokenizer.json").read_text().replace('"</s>"', '"<end>"')
+    (policy / "tokenizer.json").write_text(text)
+    (policy / "tokenizer_config.json").write_text(
+        (policy / "tokenizer_config.json").read_text().replace('"</s>"', '"<end>"')
+    )
+    with pytest.raises(InputError, match="another tokenizer"):
+        train_ppo(settings(tmp_path, folders, separate_value_model=True), ROWS)
+
+
+def test_main_reads_files_and_evaluates(tmp_path, folders, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    main(
+        settings(
+            tmp_path,
+            folders,
+            deliberations=str(path),
+            eval_deliberations=str(path),
+            eval_strategy="steps",
+            eval_steps=1,
+            max_steps=1,
+        )
+    )
+    assert any("eval/reward" in line for line in log_of(tmp_path / "run"))
+    assert "nash welfare in 1 updates" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_ray_actors_give_the_same_training_as_this_process(tmp_path, folders, ray_cluster):
+    local = train_ppo(settings(tmp_path, folders, output_dir=str(tmp_path / "local")), ROWS)
+    remote = train_ppo(settings(tmp_path, folders, output_dir=str(tmp_path / "remote"), reward_actors=2), ROWS)
+    for (name, a), (_, b) in zip(local.model.named_parameters(), remote.model.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"welfare": "kindness"}, "welfare"),
+        ({"welfare": "-1"}, "welfare"),
+        ({"reward_actors": -1}, "reward_actors"),
+        ({"load_in_8bit": True}, "load_in_8bit"),
+        ({"preference_model": None}, "preference_model"),
+        ({"preference_model": "nowhere"}, "preference_model"),
+        ({"preference_model": "nowhere", "reward_actors": 1}, "preference_model"),
+        ({"model_name_or_path": None}, "model_name_or_path"),
+    ],
+)
+def test_bad_keys_are_named_and_nothing_is_written(tmp_path, folders, change, field):
+    with pytest.raises(InputError) as error:
+        train_ppo(settings(tmp_path, folders, **change), ROWS)
+    assert error.value.field == field
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_are_named(tmp_path, folders):
+    with pytest.raises(InputError, match="at least one row"):
+        train_ppo(settings(tmp_path, folders), [])
+    with pytest.raises(InputError) as error:
+        ppo_prompts([ROWS[0], {"question": "Why?", "opinions": []}])
+    assert error.value.field == "deliberations row 1: opinions"
+    with pytest.raises(InputError, match="every row or in none"):
+        ppo_prompts([{**ROWS[0], "weights": [1.0, 2.0]}, ROWS[1]])
+    with pytest.raises(InputError) as error:
+        main(settings(tmp_path, folders))
+    assert error.value.field == "deliberations"
+
+
+def test_weights_reach_the_reward(tmp_path, folders):
+    first = []
+    for weights in ([1.0, 1.0], [1.0, 0.0]):
+        run = tmp_path / str(weights[1])
+        train_ppo(
+            settings(tmp_path, folders, output_dir=str(run), max_steps=1, num_prompts=1),
+            [{**ROWS[0], "weights": weights}],
+        )
+        first.append(next(line for line in log_of(run) if "reward" in line))
+    assert first[1]["reward"] == pytest.approx(first[1]["rewards/member_0/mean"])
+    assert first[0]["reward"] != pytest.approx(first[1]["reward"])

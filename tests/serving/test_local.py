@@ -1,0 +1,80 @@
+"""Sampler and judge on tiny random models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from deliberation.prompts import statement_prompt
+from deliberation.types import InputError
+from reward.preference import Calibration, PreferenceModel
+from serving.best_of_n import best_of_n, draw_orders
+from serving.config import Sampling
+from serving.local import LocalJudge, LocalSampler, fingerprint
+
+from tiny import make_judge, make_policy, make_tokenizer
+
+OPINIONS = ["Yes, for all.", "No.", "Only green tea."]
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    tokenizer = make_tokenizer()
+    return LocalSampler(make_policy(tokenizer), tokenizer, Sampling(max_new_tokens=10))
+
+
+@pytest.fixture(scope="module")
+def judge():
+    tokenizer = make_tokenizer()
+    calibration = Calibration((-3.0, -2.0, -1.0, 1.0, 2.0, 3.0), 2.0)
+    return LocalJudge(PreferenceModel(make_judge(tokenizer), tokenizer, calibration, {}))
+
+
+def test_a_fingerprint_sees_one_changed_weight_and_nothing_else():
+    tokenizer = make_tokenizer()
+    model, twin = make_policy(tokenizer), make_policy(tokenizer)
+    assert fingerprint(model) == fingerprint(twin.train())
+    with torch.no_grad():
+        twin.model.norm.weight[0] += 1e-6
+    assert fingerprint(model) != fingerprint(twin)
+
+
+def test_orders_sampled_together_are_as_sampled_alone(sampler):
+    orders, _ = draw_orders(3, 9, 5, reshuffle=True)
+    assert len({o.count for o in orders}) > 1 and max(o.count for o in orders) > 1  # several batches
+    together = sampler.sample("Should tea be free?", OPINIONS, orders)
+    alone = [sampler.sample("Should tea be free?", OPINIONS, [order])[0] for order in orders]
+    assert together == alone
+    assert [draft.shown for draft in together] == [order.members for order in orders]
+
+
+def test_reshuffling_ends_in_a_consensus_too(sampler, judge):
+    result = best_of_n(sampler, judge, "Should tea be free?", OPINIONS, n=6, seed=5, reshuffle=True)
+    assert len(result.candidates) == 6 and result.not_shown == ()
+    assert result == best_of_n(sampler, judge, "Should tea be free?", OPINIONS, n=6, seed=5, reshuffle=True)
+
+
+def test_as_many_opinions_are_shown_as_fit(sampler):
+    opinions = ["word " * 60] * 12
+    (order,), _ = draw_orders(12, 1, 0, reshuffle=False)
+    (draft,) = sampler.sample("Why?", opinions, [order])
+    assert 3 < len(draft.shown) < 12 and draft.shown == order.members[: len(draft.shown)]
+    exact = LocalSampler(sampler.model, sampler.tokenizer, sampler.sampling)
+    exact.room = len(sampler.tokenizer(statement_prompt("Why?", opinions[:3])).input_ids)
+    assert len(exact.sample("Why?", opinions, [order])[0].shown) == 3
+    exact.room -= 1
+    assert len(exact.sample("Why?", opinions, [order])[0].shown) == 2
+
+
+def test_the_judges_arrays_agree_with_each_other(judge):
+    judgement = judge.judge("Why?", OPINIONS, ["Tea for all.", "Tea for none."])
+    assert judgement.raw.shape == judgement.utilities.shape == (3, 2)
+    assert judgement.probabilities.shape == (3, 2, 7)
+    np.testing.assert_allclose(judgement.probabilities @ np.arange(1, 8), judgement.utilities, atol=1e-5)
+
+
+def test_the_judge_refuses_what_it_cannot_read(judge):
+    with pytest.raises(InputError, match="tokens") as caught:
+        judge.judge("Why?", ["Yes.", "x" * 2000], ["Tea for all of us."])
+    assert caught.value.field == "opinions[1]"
