@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from random import Random
 
 from deliberation.citizens import Group, draw_group
@@ -13,9 +15,127 @@ from deliberation.writer import write_statement
 
 INVENTED_SHARE = 0.55
 """Share of documents on questions built from the lexicon, so that claims are copied and not recalled."""
-FOREIGN_SHARE = 0.25
-"""Share of documents in which some words are replaced, wherever they stand, by words that do not exist."""
-SYLLABLES = [a + b for a in "bcdfghjklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er", "is", "on", "all")]
+FOREIGN_SHARE = 0.7
+"""Share of documents in which some words are replaced, wherever they stand, by words that do not exist: the claims and
+phrases of a new topic are made of words, and of pieces of words, that a model must copy without knowing them."""
+FIXED = frozenset(
+    [
+        "should",
+        "would",
+        "could",
+        "there",
+        "right",
+        "better",
+        "with",
+        "without",
+        "that",
+        "this",
+        "from",
+        "into",
+        "more",
+        "less",
+        "than",
+    ]
+)
+"""Words of the frames around a claim, never replaced."""
+ONSETS = [
+    "b",
+    "bl",
+    "br",
+    "c",
+    "ch",
+    "cl",
+    "cr",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "fr",
+    "g",
+    "gl",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "ph",
+    "pl",
+    "pr",
+    "qu",
+    "r",
+    "s",
+    "sc",
+    "sh",
+    "sl",
+    "sp",
+    "st",
+    "str",
+    "t",
+    "th",
+    "tr",
+    "v",
+    "w",
+]
+VOWELS = ["a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ai", "ea", "ee", "ou", "oa", "ie"]
+CODAS = [
+    "b",
+    "ck",
+    "ct",
+    "d",
+    "ft",
+    "g",
+    "ght",
+    "l",
+    "ld",
+    "ll",
+    "lt",
+    "m",
+    "mp",
+    "n",
+    "nce",
+    "nd",
+    "ng",
+    "nk",
+    "nt",
+    "p",
+    "r",
+    "rd",
+    "rk",
+    "rn",
+    "rs",
+    "s",
+    "sh",
+    "sk",
+    "ss",
+    "st",
+    "t",
+    "th",
+    "x",
+]
+ENDINGS = [
+    "s",
+    "es",
+    "ing",
+    "ed",
+    "er",
+    "ers",
+    "tion",
+    "tions",
+    "ment",
+    "ments",
+    "al",
+    "ity",
+    "ness",
+    "able",
+    "age",
+    "ists",
+    "ies",
+    "ance",
+    "ees",
+]
 
 
 def training_question(rng: Random) -> Question:
@@ -23,16 +143,43 @@ def training_question(rng: Random) -> Question:
     return invented_question(rng) if rng.random() < INVENTED_SHARE else rng.choice(load_questions("train"))
 
 
-def foreign_words(texts: list[str], rng: Random) -> list[str]:
-    """Replace one to four of the lexicon's words in all ``texts`` alike by made-up words."""
+def made_up_word(rng: Random) -> str:
+    """A word that does not exist: syllables, or the halves of two known words."""
+    if rng.random() < 0.5:
+        syllables = ["".join((rng.choice(ONSETS), rng.choice(VOWELS), rng.choice(CODAS))) for _ in range(2)]
+        return "".join(syllables[: rng.choice((1, 1, 2))]) + (rng.choice(ENDINGS) if rng.random() < 0.7 else "")
+    first, last = rng.choice(_content_words()), rng.choice(_content_words())
+    return first[: rng.randint(2, len(first) - 1)] + last[-rng.randint(2, len(last) - 1) :]
+
+
+@cache
+def _content_words() -> tuple[str, ...]:
+    """The training world's longer words."""
+    texts = [f"{q.text} {q.affirming}" for q in load_questions("train")]
+    rng, lexicon = Random("content words"), load_lexicon()
+    texts += [lexicon.reason(rng, False) for _ in range(2000)]
+    return tuple(sorted({w for t in texts for w in re.findall(r"[a-z]{5,}", t.lower())}))
+
+
+def foreign_words(texts: list[str], rng: Random) -> dict[str, str]:
+    """A replacement for some of the nouns and claim words of ``texts``: known word -> made-up word."""
     lexicon = load_lexicon()
-    known = set(lexicon.modifiers) | set(lexicon.heads)
-    present = sorted({w.strip(".,?") for t in texts for w in t.lower().split()} & known)
-    for word in rng.sample(present, min(len(present), rng.randint(1, 4))):
-        new = "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3))) + ("s" if word.endswith("s") else "")
-        capital = (word[0].upper() + word[1:], new[0].upper() + new[1:])
-        texts = [t.replace(word, new).replace(*capital) for t in texts]
-    return texts
+    named = set(lexicon.modifiers) | set(lexicon.heads)
+    question = set(re.findall(r"[a-z]{4,}", texts[0].lower())) - FIXED
+    present = {w for t in texts for w in re.findall(r"[a-z]+", t.lower())} & named | question
+    chosen = rng.sample(sorted(present), min(len(present), rng.randint(1, 7)))
+    return {word: made_up_word(rng) for word in chosen}
+
+
+def rename(text: str, words: dict[str, str]) -> str:
+    """``text`` with whole words replaced, capitals kept."""
+
+    def replacement(found: re.Match[str]) -> str:
+        word = found.group()
+        new = words.get(word.lower(), word)
+        return new[0].upper() + new[1:] if word[0].isupper() else new
+
+    return re.sub(r"[A-Za-z]+", replacement, text) if words else text
 
 
 def writer_document(rng: Random) -> tuple[str, str]:
@@ -40,7 +187,8 @@ def writer_document(rng: Random) -> tuple[str, str]:
     group = training_group(rng)
     texts = [group.question.text, write_statement(group, rng), *(c.opinion for c in group.citizens)]
     if rng.random() < FOREIGN_SHARE:
-        texts = foreign_words(texts, rng)
+        words = foreign_words(texts, rng)
+        texts = [rename(t, words) for t in texts]
     return statement_prompt(texts[0], texts[2:]), f" {texts[1]}"
 
 

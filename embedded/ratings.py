@@ -18,7 +18,7 @@ from deliberation.prompts import one_line, preference_prefix, preference_suffix
 from deliberation.recogniser import Item, Reading, read
 from deliberation.types import Question
 from deliberation.writer import WRITERS, corrupt, write_statement
-from embedded.corpus import training_group
+from embedded.corpus import FOREIGN_SHARE, foreign_words, rename, training_group
 
 MEMBERS = 3
 STATEMENTS = 6
@@ -112,19 +112,25 @@ def _suffix_labels(reading: Reading, gold: Gold, words: list[int | None]) -> tup
     return wording, gains
 
 
-def make_row(labeller: Labeller, question: Question, citizen: Citizen, statements: list[tuple[str, Reading]]) -> Row:
-    """One member's packed row."""
-    prefix_text = preference_prefix(question.text, citizen.opinion)
+def make_row(
+    labeller: Labeller,
+    question: Question,
+    citizen: Citizen,
+    statements: list[tuple[str, Reading]],
+    words: dict[str, str],
+) -> Row:
+    """One member's packed row; ``words`` are replaced by made-up ones after all is read and rated."""
+    prefix_text = rename(preference_prefix(question.text, citizen.opinion), words)
     start = prefix_text.index("\nOpinion: ") + len("\nOpinion: ")
-    ids, words = labeller.encode(prefix_text, start)
+    ids, ends = labeller.encode(prefix_text, start)
     own = read(citizen.opinion, question)
-    kinds, uses = _phrase_labels(own.items, words)
+    kinds, uses = _phrase_labels(own.items, ends)
     row = Row(ids, [], [], [], kinds, uses, [0] * len(ids), [float("nan")] * len(ids))
     for text, reading in statements:
         gold = rate(citizen, reading)
-        suffix, words = labeller.encode(preference_suffix(text), 1)
-        kinds, _ = _phrase_labels(reading.items, words)
-        wording, gains = _suffix_labels(reading, gold, words)
+        suffix, ends = labeller.encode(rename(preference_suffix(text), words), 1)
+        kinds, _ = _phrase_labels(reading.items, ends)
+        wording, gains = _suffix_labels(reading, gold, ends)
         row.suffixes.append(suffix)
         row.agreement.append((gold.agreement - 1) / 6)
         row.aux.append(_aux(citizen, reading, gold))
@@ -178,4 +184,6 @@ def rows(labeller: Labeller, rng: Random, pool: list[tuple[Group, list[str]]]) -
     texts = contrasts(group, training_group(rng), samples, rng)
     statements = [(t, read(t, group.question)) for t in texts]
     members = rng.sample(group.citizens, MEMBERS)
-    return [make_row(labeller, group.question, c, statements) for c in members]
+    said = [group.question.text, *(c.opinion for c in group.citizens)]
+    words = foreign_words(said, rng) if rng.random() < FOREIGN_SHARE else {}
+    return [make_row(labeller, group.question, c, statements, words) for c in members]

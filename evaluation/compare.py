@@ -70,17 +70,21 @@ class CompareConfig:
     """Longest statement in tokens."""
     temperature: float = 1.0
     """Sampling temperature of all policies; the KL is measured at it."""
+    top_p: float = 0.8
+    """Nucleus of the candidates, as served (Bakker et al. 2022). The KL is measured on pure samples."""
     batch_size: int = 64
     """Samples in flight at once."""
     kl_deliberations: int = 50
-    """Deliberations whose PPO samples are scored under both policies to measure the KL."""
+    """Deliberations on which the KL to the SFT policy is measured."""
+    kl_samples: int = 4
+    """Pure samples (top_p 1) a policy and deliberation for it."""
     device: str = "cpu"
     """Where the models run."""
     seed: int = 0
     """Of citizens, samples and bootstrap."""
 
     def __post_init__(self) -> None:
-        for name in ("num_candidates", "num_deliberations", "batch_size", "max_new_tokens"):
+        for name in ("num_candidates", "num_deliberations", "batch_size", "max_new_tokens", "kl_samples"):
             if getattr(self, name) < 1:
                 raise InputError(name, getattr(self, name), "must be at least 1")
         if self.kl_deliberations < 0:
@@ -129,8 +133,8 @@ def gather(
     # 2. Distance of the PPO and base samples from the SFT policy, on the first deliberations.
     with watch("compare: KL"):
         measured = slice(0, config.kl_deliberations)
-        ppo_ratios = _log_ratios(config, policies.ppo, policies.sft, prompts[measured], ppo[measured], "ppo")
-        base_ratios = _log_ratios(config, policies.base, policies.sft, prompts[measured], base[measured], "base")
+        ppo_ratios = _log_ratios(config, policies.ppo, policies.sft, prompts[measured], "ppo")
+        base_ratios = _log_ratios(config, policies.base, policies.sft, prompts[measured], "base")
     # 3. Predicted agreement of every member with every candidate.
     sampled = []
     with watch("compare: scoring"):
@@ -140,7 +144,7 @@ def gather(
             sampled.append(Sampled(
                 d, clean_statement(base[i][0].text), pools[0], pools[1], utilities[0], utilities[1],
                 ppo_ratios[i] if i < len(ppo_ratios) else None,
-                float(base_ratios[i][0]) if i < len(base_ratios) else None,
+                base_ratios[i] if i < len(base_ratios) else None,
             ))  # fmt: skip
     return sampled
 
@@ -156,16 +160,23 @@ def _utilities(preference_model: PreferenceModel, d: Deliberation, pool: Sequenc
 
 
 def _sample(
-    config: CompareConfig, policy: tuple[Any, Any], prompts: list[str], n: int, name: str
+    config: CompareConfig, policy: tuple[Any, Any], prompts: list[str], n: int, name: str, top_p: float | None = None
 ) -> list[list[Sample]]:
     """``n`` samples of every prompt, a few prompts at a time so that the progress can be seen."""
     found: list[list[Sample]] = []
     step = max(1, 4 * config.batch_size // n)
     for start in tqdm(range(0, len(prompts), step), desc=f"sample {name}", unit="batch"):
         part = prompts[start : start + step]
-        seeds = [_seed(config.seed, name, start + k) for k in range(len(part))]
-        found += sample(*policy, part, n=n, seeds=seeds, max_new_tokens=config.max_new_tokens,
-                        temperature=config.temperature, batch_size=config.batch_size)  # fmt: skip
+        found += sample(
+            *policy,
+            part,
+            n=n,
+            seeds=[_seed(config.seed, name, start + k) for k in range(len(part))],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p if top_p is None else top_p,
+            batch_size=config.batch_size,
+        )
     return found
 
 
@@ -176,10 +187,10 @@ def _seed(seed: int, name: str, index: int) -> int:
 
 @torch.no_grad()
 def _log_ratios(
-    config: CompareConfig, policy: tuple[Any, Any], reference: tuple[Any, Any], prompts: list[str],
-    samples: list[list[Sample]], name: str,
-) -> list[np.ndarray]:  # fmt: skip
-    """log pi - log pi_reference of every sample, summed over its tokens, at the sampling temperature, in nats."""
+    config: CompareConfig, policy: tuple[Any, Any], reference: tuple[Any, Any], prompts: list[str], name: str
+) -> list[np.ndarray]:
+    """log pi - log pi_reference of ``kl_samples`` pure samples a prompt, summed over tokens, at the temperature."""
+    samples = _sample(config, policy, prompts, config.kl_samples, f"{name} for the KL", top_p=1.0)
     ratios = []
     for prompt, pool in zip(tqdm(prompts, desc=f"KL of {name}", unit="deliberation"), samples, strict=True):
         ids = [list(policy[1](prompt).input_ids)] * len(pool)

@@ -38,7 +38,7 @@ DEFINITIONS = {
     "interval": "95 %, percentile bootstrap over deliberations; Wilson where all outcomes are equal",
     "unanimity": f"share of deliberations in which every member's gold agreement is at least {measures.AGREES:g}",
     "length": "words",
-    "kl": "divergence from the sft policy at the sampling temperature: mean log-ratio of the arm's statement, plus "
+    "kl": "divergence from the sft policy at the sampling temperature: mean log-ratio of pure samples (top_p 1), plus "
     "log n - (n-1)/n for best-of-n (an upper bound where candidates repeat); null where not measured",
     "best_of": "unbiased estimate over all subsets of size n of the pool, chosen by predicted welfare, judged by gold",
     "best_opinion": "the member's opinion with the highest gold group mean: the strongest human baseline",
@@ -183,7 +183,7 @@ def _best_of(judged: Sequence[Judged], policy: str, sizes: Sequence[int], counts
         values = []
         for one in judged:
             weights = measures.best_of_n_weights(one.predicted[policy], n)
-            kl = measures.kl_best_of_n(n) + float(weights @ one.log_ratios[policy])
+            kl = measures.kl_best_of_n(n) + one.policy_kl[policy]
             gold = [float(weights @ one.values[name][one.pools[policy]]) for name in WIN_MEASURES]
             values.append([*gold, float(weights @ one.predicted[policy]), kl])
         names = (*WIN_MEASURES, "predicted", "kl")

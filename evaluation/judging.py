@@ -43,9 +43,9 @@ class Sampled:
         base: one zero-shot statement of the base model.
         sft, ppo: N statements each, in the order they were sampled.
         sft_utilities, ppo_utilities: predicted agreement [members, N] by the preference model.
-        ppo_log_ratios: [N] log pi_ppo - log pi_sft of each ppo statement, summed over its tokens, in nats; None where
-            not measured.
-        base_log_ratio: the same for the base statement.
+        ppo_log_ratios: [K] log pi_ppo - log pi_sft of K pure samples (top_p 1) of the PPO policy, summed over their
+            tokens, in nats; None where not measured. Not of the candidates: a nucleus is another distribution.
+        base_log_ratios: the same for the base model.
 
     Raises:
         InputError: on shapes that do not fit, or utilities that are not finite.
@@ -58,7 +58,7 @@ class Sampled:
     sft_utilities: Array
     ppo_utilities: Array
     ppo_log_ratios: Array | None = None
-    base_log_ratio: float | None = None
+    base_log_ratios: Array | None = None
 
     def __post_init__(self) -> None:
         members, size = len(self.deliberation.opinions), len(self.sft)
@@ -69,8 +69,10 @@ class Sampled:
             found = np.asarray(getattr(self, name))
             if found.shape != (members, size) or not np.isfinite(found).all():
                 raise InputError(name, found.shape, f"{where}: give finite numbers of shape {(members, size)}")
-        if self.ppo_log_ratios is not None and np.shape(self.ppo_log_ratios) != (size,):
-            raise InputError("ppo_log_ratios", np.shape(self.ppo_log_ratios), f"{where}: give {size} numbers")
+        for name in ("ppo_log_ratios", "base_log_ratios"):
+            ratios = getattr(self, name)
+            if ratios is not None and (np.ndim(ratios) != 1 or not np.size(ratios)):
+                raise InputError(name, np.shape(ratios), f"{where}: give a row of at least one number")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Judged:
         kl: arm -> nats per response (NaN where not measured).
         predicted: predicted welfare of the pools, policy -> [N].
         pools: policy -> slice of its candidates.
-        log_ratios: policy -> [N], NaN where not measured.
+        policy_kl: policy -> mean log-ratio to the SFT policy in nats, NaN where not measured.
     """
 
     statements: tuple[str, ...]
@@ -95,7 +97,7 @@ class Judged:
     kl: dict[str, float]
     predicted: dict[str, Array]
     pools: dict[str, slice]
-    log_ratios: dict[str, Array]
+    policy_kl: dict[str, float]
 
 
 def judge(index: int, one: Sampled, gold: GoldRater, alpha: float) -> tuple[Judged, Judged]:
@@ -131,11 +133,7 @@ def _variant(one: Sampled, statements: tuple[str, ...], agreement: Array, qualit
         "sft": np.asarray(aggregate(np.asarray(one.sft_utilities, dtype=np.float64), alpha)),
         "ppo": np.asarray(aggregate(np.asarray(one.ppo_utilities, dtype=np.float64), alpha)),
     }
-    unknown = np.full(size, math.nan)
-    log_ratios = {
-        "sft": np.zeros(size),
-        "ppo": unknown if one.ppo_log_ratios is None else np.asarray(one.ppo_log_ratios, dtype=np.float64),
-    }
+    policy_kl = {"sft": 0.0, "ppo": _mean_or_nan(one.ppo_log_ratios)}
     best = {policy: int(predicted[policy].argmax()) for policy in pools}
     chosen = {
         "base": 0,
@@ -146,11 +144,15 @@ def _variant(one: Sampled, statements: tuple[str, ...], agreement: Array, qualit
         "best_opinion": 1 + 2 * size + int(values["mean"][1 + 2 * size :].argmax()),
     }
     kl = {
-        "base": math.nan if one.base_log_ratio is None else one.base_log_ratio,
+        "base": _mean_or_nan(one.base_log_ratios),
         "sft": 0.0,
         f"sft_best_of_{size}": measures.kl_best_of_n(size),
-        "ppo": float(log_ratios["ppo"].mean()),  # all N samples: the same expectation, less noise
-        f"ppo_best_of_{size}": measures.kl_best_of_n(size) + float(log_ratios["ppo"][best["ppo"]]),
+        "ppo": policy_kl["ppo"],
+        f"ppo_best_of_{size}": measures.kl_best_of_n(size) + policy_kl["ppo"],
         "best_opinion": math.nan,
     }
-    return Judged(statements, agreement, values, chosen, kl, predicted, pools, log_ratios)
+    return Judged(statements, agreement, values, chosen, kl, predicted, pools, policy_kl)
+
+
+def _mean_or_nan(ratios: Array | None) -> float:
+    return math.nan if ratios is None else float(np.mean(ratios))

@@ -10,7 +10,7 @@ import torch
 from deliberation.lexicon import HELD_OUT_EVERY, load_lexicon
 from deliberation.questions import load_questions
 from embedded import resolve
-from embedded.corpus import foreign_words, writer_document
+from embedded.corpus import foreign_words, rename, writer_document
 from embedded.ratings import AUX, KINDS, MEMBERS, STATEMENTS, WORDING, Labeller, rows
 from embedded.train_judge import Judge, collate, losses
 from embedded.train_writer import as_tensors, optimisers, schedule
@@ -33,11 +33,12 @@ def test_training_documents_hold_no_held_out_topic_or_word():
     assert not any(topic in text for topic in topics)
 
 
-def test_foreign_words_replace_alike_in_all_texts():
-    texts = foreign_words(["The nurses wait.", "Nurses and nurses."] * 3, Random(1))
-    assert "nurses" not in " ".join(texts).lower()
-    (word,) = {t.split()[1].lower() for t in texts if t.startswith("The")}
-    assert all(word in t.lower() for t in texts)
+def test_foreign_words_replace_whole_words_in_all_texts_alike():
+    texts = ["Should nurses wait?", "Nurses wait.", "Some nurses, and nurseries."]
+    words = foreign_words(texts, Random(1))
+    assert words and set(words) <= {"nurses", "wait"}
+    renamed = rename("Nurses wait. The nurses, nurseries.", {"nurses": "blorks"})
+    assert renamed == "Blorks wait. The blorks, nurseries."
 
 
 @pytest.fixture(scope="module")

@@ -66,8 +66,8 @@ def test_log_ratios_are_policy_minus_reference(parts, gathered):
     policies, _, deliberations, _ = parts
     d = deliberations[1]
     prompt, (model, tokenizer) = statement_prompt(d.question, d.opinions), policies.ppo
-    (pool,) = sample(model, tokenizer, [prompt], n=3, seeds=[driver._seed(0, "ppo", 1)], max_new_tokens=6)
-    assert tuple(clean_statement(s.text) for s in pool) == gathered[0][1].ppo  # alone as in the batch
+    seed = driver._seed(0, "ppo for the KL", 1)
+    (pool,) = sample(model, tokenizer, [prompt], n=4, seeds=[seed], max_new_tokens=6)  # pure: top_p 1
     with torch.no_grad():
         for k, one in enumerate(pool):
             row = ([tokenizer(prompt).input_ids], [one.ids])
@@ -75,11 +75,20 @@ def test_log_ratios_are_policy_minus_reference(parts, gathered):
             assert gathered[0][1].ppo_log_ratios[k] == pytest.approx(float((ours - theirs).sum()), abs=1e-4)
 
 
+def test_candidates_are_sampled_as_they_are_served(parts, gathered):
+    policies, _, deliberations, _ = parts
+    d = deliberations[1]
+    prompt, (model, tokenizer) = statement_prompt(d.question, d.opinions), policies.ppo
+    keys = {"n": 3, "seeds": [driver._seed(0, "ppo", 1)], "max_new_tokens": 6}
+    (served,) = sample(model, tokenizer, [prompt], top_p=0.8, **keys)
+    assert tuple(clean_statement(s.text) for s in served) == gathered[0][1].ppo  # alone as in the batch
+
+
 def test_kl_of_the_sft_policy_to_itself_is_zero(parts):
     policies, judge, deliberations, _ = parts
     same = Policies(policies.sft, policies.sft, policies.sft)
     for one in gather(config(), deliberations[:1], same, judge, Stopwatch()):
-        np.testing.assert_array_equal(one.ppo_log_ratios, np.zeros(3))
+        np.testing.assert_array_equal(one.ppo_log_ratios, np.zeros(4))
         assert one.ppo != one.sft  # the same policy, but its own random numbers
 
 

@@ -47,7 +47,7 @@ def by_hand() -> tuple[list[Sampled], TableGold]:
     one = Sampled(
         Deliberation("d", "Should we?", ("I say yes.", "I say no.")), "Base.", ("Sft one.", "Sft two here."),
         ("Ppo one.", "Ppo two."), np.array([[3.0, 5.0], [3.0, 5.0]]), np.array([[4.0, 6.0], [4.0, 1.0]]),
-        np.array([1.0, 3.0]), 0.5,
+        np.array([1.0, 3.0]), np.array([0.0, 1.0]),
     )  # fmt: skip
     return [one], TableGold([{k: np.array(v, dtype=float) for k, v in table.items()}], voice=1.0)
 
@@ -78,7 +78,7 @@ def test_kl_of_every_arm_by_hand():
     assert arms["sft"]["kl"] == 0 and arms["base"]["kl"] == 0.5 and arms["best_opinion"]["kl"] is None
     assert arms["sft_best_of_2"]["kl"] == pytest.approx(kl_best_of_n(2))
     assert arms["ppo"]["kl"] == pytest.approx(2.0)
-    assert arms["ppo_best_of_2"]["kl"] == pytest.approx(kl_best_of_n(2) + 1.0)  # the chosen candidate's log-ratio
+    assert arms["ppo_best_of_2"]["kl"] == pytest.approx(kl_best_of_n(2) + 2.0)
     assert arms["best_opinion"]["undefined"] == {"kl": 1}
 
 
@@ -160,8 +160,10 @@ def test_win_rate_best_of(world, comparison):
 
 def test_unmeasured_kl_is_null_and_counted(world):
     sampled, gold = world
-    part = [replace(one, ppo_log_ratios=None, base_log_ratio=None) if i >= 20 else one for i, one in enumerate(sampled)]
-    none = [replace(one, ppo_log_ratios=None, base_log_ratio=None) for one in sampled]
+    part = [
+        replace(one, ppo_log_ratios=None, base_log_ratios=None) if i >= 20 else one for i, one in enumerate(sampled)
+    ]
+    none = [replace(one, ppo_log_ratios=None, base_log_ratios=None) for one in sampled]
     some, nothing = run(part, gold), run(none, gold)
     assert some["arms"]["ppo"]["kl"] == pytest.approx(np.mean([one.ppo_log_ratios.mean() for one in sampled[:20]]))
     assert some["arms"]["ppo"]["undefined"] == {"kl": 40}
@@ -228,7 +230,7 @@ def test_utilities_that_do_not_fit_are_refused(world):
         replace(one, sft_utilities=one.sft_utilities[:, :-1])
     with pytest.raises(InputError, match="ppo_utilities"):
         replace(one, ppo_utilities=one.ppo_utilities * np.nan)
-    with pytest.raises(InputError, match="16 numbers|give 16"):
-        replace(one, ppo_log_ratios=np.zeros(3))
+    with pytest.raises(InputError, match="at least one number"):
+        replace(one, ppo_log_ratios=np.zeros(0))
     with pytest.raises(InputError, match="as many"):
         replace(one, ppo=one.ppo[:-1])

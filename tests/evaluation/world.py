@@ -55,7 +55,7 @@ def make_world(deliberations: int = 60, size: int = 16, seed: int = 0, lift: flo
         ]
         question = f"Should the council do thing {i}?"
         deliberation = Deliberation(f"d{i}", question, opinions)
-        sampled.append(Sampled(deliberation, base, sft, ppo, *utilities, rng.normal(1.8, 0.5, size), 0.9))
+        sampled.append(Sampled(deliberation, base, sft, ppo, *utilities, rng.normal(1.8, 0.5, size), np.array([0.9])))
         tables.append(table)
     return sampled, TableGold(tables)
 
