@@ -86,12 +86,15 @@ bench: $(STAMP)
 	@shopt -s nullglob; for script in benchmarks/[a-z]*.py; do name=$$(basename $$script .py); \
 	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name --json; done
 
+# One thread each; about an hour for the writer and another for the judge.
 embedded-models: $(STAMP)
 	@mkdir -p runs/embedded-models
 	@$(BIN)/python -m embedded.train_writer --log runs/embedded-models/writer.jsonl
 	@$(BIN)/python -m embedded.sample_pool --policy embedded/writer --output runs/embedded-models/samples.pt
 	@$(BIN)/python -m embedded.train_judge --samples runs/embedded-models/samples.pt \
-	  --log runs/embedded-models/judge.jsonl
+	  --output_dir runs/embedded-models/judge --log runs/embedded-models/judge.jsonl
+	@cp runs/embedded-models/judge/* embedded/judge/
+	@$(BIN)/python -m embedded.calibrate
 
 clean:
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

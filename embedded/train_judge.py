@@ -150,10 +150,10 @@ def main() -> None:
     """Train on a number of ratings and save the classifier in bfloat16."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--writer", type=Path, default=Path(__file__).parent / "writer")
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "judge")
+    parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="judge.pt of an earlier phase, auxiliary heads included")
     parser.add_argument("--samples", type=Path, nargs="*", default=[], help="made by embedded.sample_pool")
-    parser.add_argument("--ratings", type=float, default=200e3)
+    parser.add_argument("--ratings", type=float, default=280e3)
     parser.add_argument("--lr", type=float, default=0.0025)
     parser.add_argument("--lr_end", type=float, default=0.02, help="share of the learning rate at the end")
     parser.add_argument("--seed", type=int, default=0)

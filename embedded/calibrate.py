@@ -1,0 +1,109 @@
+"""Calibrate the base judge to simulated noisy ratings of training topics, and measure it on held-out ones.
+
+The last step of ``make embedded-models``. The gate: a correlation of at least 0.85 with noise-free gold agreement on
+statements sampled from a policy, on held-out topics, words and phrases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from deliberation.citizens import Group, draw_group, noisy_rating, rate
+from deliberation.prompts import clean_statement, statement_prompt
+from deliberation.questions import load_questions
+from deliberation.recogniser import read
+from deliberation.writer import write_statement
+from embedded.corpus import training_group
+from reward.preference import Calibration, PreferenceModel
+from reward.scoring import score
+from rl.policy import load_policy, sample
+
+Pool = Sequence[tuple[Group, list[str]]]
+
+
+def scores_and_gold(model: PreferenceModel, pool: Pool) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Raw scores and noise-free gold agreement, [members, statements] a group."""
+    scores, gold = [], []
+    for group, texts in pool:
+        opinions = [c.opinion for c in group.citizens]
+        scores.append(score(model, group.question.text, opinions, texts).raw.astype(np.float64))
+        readings = [read(t, group.question) for t in texts]
+        gold.append(np.array([[rate(c, r).agreement for r in readings] for c in group.citizens]))
+    return scores, gold
+
+
+def correlations(utilities: Sequence[np.ndarray], gold: Sequence[np.ndarray]) -> dict[str, float]:
+    """Pearson correlations: over all ratings, within groups across members or statements, of group mean and minimum."""
+
+    def pearson(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+        return round(float(np.corrcoef(np.concatenate(a), np.concatenate(b))[0, 1]), 4)
+
+    both = (utilities, gold)
+    found = {"all": pearson(*([x.ravel() for x in side] for side in both))}
+    for name, axis in (("across_members", 0), ("across_statements", 1)):
+        found[name] = pearson(*([(x - x.mean(axis, keepdims=True)).ravel() for x in side] for side in both))
+    found["group_mean"] = pearson(*([x.mean(0) for x in side] for side in both))
+    found["group_min"] = pearson(*([x.min(0) for x in side] for side in both))
+    return found
+
+
+def policy_pool(path: str, count: int, n: int, seed: int) -> list[tuple[Group, list[str]]]:
+    """Statements a policy samples for held-out groups."""
+    model, tokenizer = load_policy(path, device="cpu")
+    rng, questions = Random(f"gate {seed}"), load_questions("test")
+    groups = [draw_group(rng.choice(questions), rng, held_out=True) for _ in range(count)]
+    prompts = [statement_prompt(g.question.text, [c.opinion for c in g.citizens]) for g in groups]
+    drawn = sample(model, tokenizer, prompts, n=n, seeds=list(range(count)), max_new_tokens=80, top_p=0.8)
+    texts = [[t for s in row if (t := clean_statement(s.text))] for row in drawn]
+    return [(g, t) for g, t in zip(groups, texts, strict=True) if t]
+
+
+def main() -> None:
+    """Write ``calibration.json`` into the judge's folder and print the gate's figures as one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--judge", type=Path, default=Path(__file__).parent / "judge")
+    parser.add_argument("--policy", nargs="+", default=["embedded/writer"], help="policies to measure the judge on")
+    parser.add_argument("--groups", type=int, default=200)
+    parser.add_argument("--measure_only", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    classifier = AutoModelForSequenceClassification.from_pretrained(args.judge, dtype=torch.float32).eval()
+    tokenizer, rng = AutoTokenizer.from_pretrained(args.judge), Random("calibrate")
+    model = PreferenceModel(classifier, tokenizer, Calibration.of_ratings([1, 2, 3, 4, 5, 6, 7]))
+    groups = [training_group(rng) for _ in range(args.groups)]
+    kinds = (None, None, "balanced", "balanced", "one_sided", "careless")
+    pool = [(g, [write_statement(g, rng, kind) for kind in kinds]) for g in groups]
+    scores, gold = scores_and_gold(model, pool)
+    noisy = [noisy_rating(value, rng) for table in gold for value in table.ravel()]
+    model.calibration = Calibration.fit(np.concatenate([s.ravel() for s in scores]), noisy)
+    figures = {"writer text": _figures(model, [(g, t) for g, t in _written(rng, args.groups)])}
+    for path in args.policy:
+        figures[path] = _figures(model, policy_pool(path, args.groups, 4, 0))
+    if not args.measure_only:
+        classifier.to(torch.bfloat16)
+        model.metadata = {"ratings": len(noisy), "citizens": "simulated", "gate": figures}
+        model.save(args.judge)
+    print(json.dumps(figures))
+
+
+def _written(rng: Random, count: int) -> list[tuple[Group, list[str]]]:
+    questions = load_questions("test")
+    groups = [draw_group(rng.choice(questions), rng, held_out=True) for _ in range(count)]
+    return [(g, [write_statement(g, rng) for _ in range(4)]) for g in groups]
+
+
+def _figures(model: PreferenceModel, pool: Pool) -> dict[str, float]:
+    scores, gold = scores_and_gold(model, pool)
+    return correlations([model.calibration.utilities(s) for s in scores], gold)
+
+
+if __name__ == "__main__":
+    main()
