@@ -254,8 +254,8 @@ def side_text(question: Question, stance: float) -> str:
     return clause(question.affirming if stance >= 0 else question.negating)
 
 
-def _stance_sentence(question: Question, stance: int, reason: Wish | None, rng: Random) -> str:
-    if rng.random() < 0.3 and reason is None:
+def _stance_sentence(question: Question, stance: int, reason: Wish | None, rng: Random, terse: bool) -> str:
+    if (terse or rng.random() < 0.25) and reason is None:
         return rng.choice([f for f in OPINION_SHORT if f.value == stance]).fill()
     frame = rng.choice([f for f in OPINION_STANCE if f.value == abs(stance)])
     because = f" because {reason.text}" if reason else ""
@@ -269,22 +269,27 @@ def _wish_sentence(wish: Wish, value: float, use: str, rng: Random) -> str:
     return rng.choice(by_weight).fill(wish.text)
 
 
-def write_opinion(citizen: Citizen, question: Question, rng: Random) -> str:
-    """The citizen's opinion: stance (perhaps with a reason), concerns in own words, a condition, a red line."""
+def write_opinion(citizen: Citizen, question: Question, rng: Random, terse: bool = False) -> str:
+    """The citizen's opinion: stance (perhaps with a reason), concerns in own words, a condition, a red line.
+
+    A ``terse`` citizen takes a side without saying again what the question is.
+    """
     wants = list(citizen.wants)
     reasons = [w for w in wants if w.slot == "reason"]
-    because = reasons[0] if reasons and citizen.stance and rng.random() < 0.6 else None
+    because = reasons[0] if reasons and citizen.stance and not terse and rng.random() < 0.5 else None
     parts = [_wish_sentence(w, 1, "state", rng) for w in wants if w is not because]
     parts += [_wish_sentence(w, -1, "state", rng) for w in citizen.dislikes]
     parts += [_wish_sentence(w, -1, "red_line", rng) for w in citizen.red_lines]
     if citizen.condition:
         parts.append(_wish_sentence(citizen.condition, 1, "condition", rng))
     rng.shuffle(parts)
-    stance = _stance_sentence(question, citizen.stance, because, rng)
+    stance = _stance_sentence(question, citizen.stance, because, rng, terse)
     return " ".join([stance, *parts] if rng.random() < 0.8 else [*parts, stance])
 
 
-def _draw_citizen(question: Question, pool: list[Wish], lean: float, rng: Random, held_out: bool) -> Citizen:
+def _draw_citizen(
+    question: Question, pool: list[Wish], lean: float, rng: Random, held_out: bool, terse: bool
+) -> Citizen:
     side = 1 if rng.random() < lean else -1
     stance = rng.choices((0, side, 2 * side), (0.12, 0.53, 0.35))[0]
     wanted = rng.sample(pool, rng.choice((1, 1, 2)))
@@ -306,7 +311,7 @@ def _draw_citizen(question: Question, pool: list[Wish], lean: float, rng: Random
     elif extra < 0.48 and stance:
         condition = draw_wish(rng, held_out, "m")
     citizen = Citizen(stance, wants, dislikes, red_lines, condition, rng.random() < 0.2)
-    return replace(citizen, opinion=write_opinion(citizen, question, rng))
+    return replace(citizen, opinion=write_opinion(citizen, question, rng, terse))
 
 
 def draw_group(question: Question, rng: Random, held_out: bool = False, size: int | None = None) -> Group:
@@ -321,4 +326,5 @@ def draw_group(question: Question, rng: Random, held_out: bool = False, size: in
     pool = [draw_wish(rng, held_out) for _ in range(rng.choice((4, 5, 6)))]
     lean = rng.choice((0.15, 0.3, 0.5, 0.7, 0.85))
     n = size or rng.choices((3, 4, 5), (0.4, 0.4, 0.2))[0]
-    return Group(question, tuple(_draw_citizen(question, pool, lean, rng, held_out) for _ in range(n)))
+    terse = rng.random() < 0.2
+    return Group(question, tuple(_draw_citizen(question, pool, lean, rng, held_out, terse) for _ in range(n)))

@@ -64,7 +64,8 @@ STATEMENT_STANCE = (
         we think that {}
         most of us feel that {}
         after weighing both sides we conclude that {}
-        with some care {}""",
+        with some care {}
+        {}""",
     )
     + _frames(
         "claim",
@@ -147,7 +148,8 @@ OPINION_STANCE = (
         i tend to agree that {}
         in my view {}
         overall i feel that {}
-        i would say that {}""",
+        i would say that {}
+        {}""",
         personal=True,
     )
     + _frames(
@@ -218,7 +220,8 @@ OPINION_REASON = _frames(
     """in my experience {}
         it seems to me that {}
         i know that {}
-        people forget that {}""",
+        people forget that {}
+        {}""",
     personal=True,
 )
 

@@ -176,6 +176,8 @@ def _match(frame: Frame, words: list[str], question: Question) -> _Match | None:
         stance = claim[0] * (frame.value or 0.0)
         return _Match(frame, [True] * len(pre) + claim[1] + [True] * len(post), stance)
     if frame.slot == "reason":
+        if not pre and not post and not _is_reason(tuple(content)):
+            return None  # a bare clause must be one, or any sentence would do
         return _match_reason(frame, content, start, len(post))
     return _match_items(frame, content, start, len(post))
 
