@@ -56,6 +56,9 @@ class DemoConfig:
     ppo_groups: int = 640
     """Groups whose opinions PPO writes for."""
 
+    ppo_updates: int | None = None
+    """PPO updates; None keeps ``max_steps`` of ``configs/embedded/ppo.yaml``."""
+
     eval_groups: int = 40
     """Held-out groups (validation topics) on which PPO's predicted welfare and KL are watched."""
 
@@ -283,8 +286,10 @@ def _ppo(stages: Stages, config: DemoConfig, out: Path, data: Path, log: Path) -
         held_out = draw_groups("validation", config.eval_groups, f"eval {config.seed}", held_out=True)
         write_deliberations(data / "deliberations.jsonl", train)
         write_deliberations(data / "eval_deliberations.jsonl", held_out)
+        updates = {} if config.ppo_updates is None else {"max_steps": config.ppo_updates}
         ppo = stage_config(
             "ppo",
+            **updates,
             model_name_or_path=out / "sft",
             preference_model=out / "preference",
             output_dir=out / "ppo",
@@ -336,7 +341,7 @@ def _serve(stages: Stages, config: DemoConfig, out: Path) -> None:
             answer = ask(url, group)
         print(f"      Question: {group.question.text}")
         for citizen, member in zip(group.citizens, answer["members"], strict=True):
-            print(f"      Opinion ({member['predicted_agreement']:.1f}): {citizen.opinion}")
+            print(f"      Opinion ({member['agreement']:.1f}): {citizen.opinion}")
         print(f"      Consensus: {answer['statement']}")
         result.append("answered and stopped")
 

@@ -17,7 +17,7 @@ from deliberation.lexicon import is_noun_phrase, load_lexicon
 from deliberation.types import Question
 
 MIN_CLAIM_OVERLAP = 0.7
-"""Share of words a claim must have in common with the question's claim to count as its side."""
+"""Similarity (difflib ratio over words) from which on a clause counts as one of the question's claims."""
 FIRST_PERSON = frozenset({"i", "my", "me", "mine", "myself"})
 
 
@@ -53,7 +53,7 @@ class Reading:
     """What a text says about a question.
 
     Attributes:
-        words: all words, lower case, without punctuation.
+        words: all words, lower case; commas, semicolons and colons are words of their own.
         ok: per word: recognised.
         repeated: per word: part of a sentence or item said before, or the same word twice in a row.
         stances: (stance -2..2, span) per stance sentence.
@@ -183,12 +183,15 @@ def _match(frame: Frame, words: list[str], question: Question) -> _Match | None:
 
 
 def _match_reason(frame: Frame, content: list[str], start: int, post: int) -> _Match:
-    """A reason is well formed if a noun phrase of the lexicon is followed by a predicate of the lexicon."""
+    """A reason is well formed if a noun phrase of the lexicon is followed by a predicate of the lexicon.
+
+    Anything else is so many unrecognised words, and no point made.
+    """
     good = _is_reason(tuple(content))
     item = Item(
         "reason", "reason", tuple(content), frame.value or 1.0, frame.weight, frame.use, (start, start + len(content))
     )
-    return _Match(frame, [True] * start + [good] * len(content) + [True] * post, None, [item])
+    return _Match(frame, [True] * start + [good] * len(content) + [True] * post, None, [item] if good else [])
 
 
 @cache
@@ -214,7 +217,8 @@ def _match_items(frame: Frame, content: list[str], start: int, post: int) -> _Ma
         kind, np, good = phrase
         ok[start + offset : start + offset + len(words)] = list(good)
         span = (start + offset, start + offset + len(words))
-        items.append(Item(frame.slot, kind, np, frame.value or 1.0, frame.weight, frame.use, span))
+        if all(good):  # half a phrase is no point made
+            items.append(Item(frame.slot, kind, np, frame.value or 1.0, frame.weight, frame.use, span))
     return _Match(frame, ok + [True] * post, None, items)
 
 

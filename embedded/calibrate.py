@@ -58,7 +58,7 @@ def correlations(utilities: Sequence[np.ndarray], gold: Sequence[np.ndarray]) ->
 def policy_pool(path: str, count: int, n: int, seed: int) -> list[tuple[Group, list[str]]]:
     """Statements a policy samples for held-out groups."""
     model, tokenizer = load_policy(path, device="cpu")
-    rng, questions = Random(f"gate {seed}"), load_questions("test")
+    rng, questions = Random(f"gate {seed}"), load_questions("validation")
     groups = [draw_group(rng.choice(questions), rng, held_out=True) for _ in range(count)]
     prompts = [statement_prompt(g.question.text, [c.opinion for c in g.citizens]) for g in groups]
     drawn = sample(model, tokenizer, prompts, n=n, seeds=list(range(count)), max_new_tokens=80, top_p=0.8)
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def _written(rng: Random, count: int) -> list[tuple[Group, list[str]]]:
-    questions = load_questions("test")
+    questions = load_questions("validation")
     groups = [draw_group(rng.choice(questions), rng, held_out=True) for _ in range(count)]
     return [(g, [write_statement(g, rng) for _ in range(4)]) for g in groups]
 

@@ -31,8 +31,17 @@ def training_question(rng: Random) -> Question:
     return invented_question(rng) if rng.random() < INVENTED_SHARE else rng.choice(load_questions("train"))
 
 
-def made_up_word(rng: Random) -> str:
-    """A word that does not exist: syllables, or the halves of two known words."""
+Pieces = tuple[tuple[str, ...], tuple[str, ...]]
+"""Pieces of the tokenizer's vocabulary that start a word, and that go on with one."""
+
+
+def made_up_word(rng: Random, pieces: Pieces | None = None) -> str:
+    """A word that does not exist: pieces of the vocabulary (if given), syllables, or the halves of two known words.
+
+    Pieces make every entry of the vocabulary one that has been copied, also those that no training text uses.
+    """
+    if pieces and rng.random() < 0.6:
+        return rng.choice(pieces[0]) + "".join(rng.choices(pieces[1], k=rng.choice((0, 1, 1, 2))))
     if rng.random() < 0.5:
         syllables = ["".join((rng.choice(ONSETS), rng.choice(VOWELS), rng.choice(CODAS))) for _ in range(2)]
         return "".join(syllables[: rng.choice((1, 1, 2))]) + (rng.choice(ENDINGS) if rng.random() < 0.7 else "")
@@ -49,14 +58,14 @@ def _content_words() -> tuple[str, ...]:
     return tuple(sorted({w for t in texts for w in re.findall(r"[a-z]{5,}", t.lower())}))
 
 
-def foreign_words(texts: list[str], rng: Random) -> dict[str, str]:
+def foreign_words(texts: list[str], rng: Random, pieces: Pieces | None = None) -> dict[str, str]:
     """A replacement for some of the nouns and claim words of ``texts``: known word -> made-up word."""
     lexicon = load_lexicon()
     named = set(lexicon.modifiers) | set(lexicon.heads)
     question = set(re.findall(r"[a-z]{4,}", texts[0].lower())) - FIXED
     present = {w for t in texts for w in re.findall(r"[a-z]+", t.lower())} & named | question
     chosen = rng.sample(sorted(present), min(len(present), rng.randint(1, 7)))
-    return {word: made_up_word(rng) for word in chosen}
+    return {word: made_up_word(rng, pieces) for word in chosen}
 
 
 def rename(text: str, words: dict[str, str]) -> str:
@@ -70,12 +79,12 @@ def rename(text: str, words: dict[str, str]) -> str:
     return re.sub(r"[A-Za-z]+", replacement, text) if words else text
 
 
-def writer_document(rng: Random) -> tuple[str, str]:
+def writer_document(rng: Random, pieces: Pieces | None = None) -> tuple[str, str]:
     """(prompt, completion) as the base writer reads it: a group's prompt and a mixed-quality statement."""
     group = training_group(rng)
     texts = [group.question.text, write_statement(group, rng), *(c.opinion for c in group.citizens)]
     if rng.random() < FOREIGN_SHARE:
-        words = foreign_words(texts, rng)
+        words = foreign_words(texts, rng, pieces)
         texts = [rename(t, words) for t in texts]
     return statement_prompt(texts[0], texts[2:]), f" {texts[1]}"
 

@@ -19,6 +19,7 @@ from deliberation.recogniser import Item, Reading, read
 from deliberation.types import Question
 from deliberation.writer import WRITERS, corrupt, write_statement
 from embedded.corpus import FOREIGN_SHARE, foreign_words, rename, training_group
+from embedded.tokenizer import word_pieces
 
 MEMBERS = 3
 STATEMENTS = 6
@@ -62,7 +63,7 @@ class Labeller:
     """Turns texts and readings into token ids with labels."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.pieces = tokenizer, word_pieces(tokenizer)
 
     def encode(self, text: str, start: int) -> tuple[list[int], list[int | None]]:
         """Ids of ``text`` and, per token, the index of the word of ``text[start:]`` that it ends (or None)."""
@@ -164,10 +165,11 @@ def edit(text: str, group: Group, rng: Random) -> str:
 
 def contrasts(group: Group, other: Group, samples: list[str], rng: Random) -> list[str]:
     """Six statements for one group: written, sampled from a policy, edited, corrupted, off topic."""
-    texts = rng.sample(samples, min(2, len(samples)))
+    texts = rng.sample(samples, min(3, len(samples)))
     texts += [write_statement(group, rng) for _ in range(2 - len(texts))]
     texts.append(write_statement(group, rng, "balanced"))
-    texts.append(write_statement(group, rng, rng.choice(sorted(WRITERS))))
+    if len(texts) < 4:
+        texts.append(write_statement(group, rng, rng.choice(sorted(WRITERS))))
     base = rng.choice(texts)
     texts.append(edit(base, group, rng))
     if rng.random() < 0.25:
@@ -178,12 +180,19 @@ def contrasts(group: Group, other: Group, samples: list[str], rng: Random) -> li
     return [one_line(t) or "." for t in texts]
 
 
-def rows(labeller: Labeller, rng: Random, pool: list[tuple[Group, list[str]]]) -> list[Row]:
-    """The rows of one group: a fresh one, or one of ``pool`` (groups with statements sampled from a policy)."""
-    group, samples = rng.choice(pool) if pool and rng.random() < 0.6 else (training_group(rng), [])
-    texts = contrasts(group, training_group(rng), samples, rng)
+Pool = list[tuple[Group, list[str], dict[str, str]]]
+"""Groups with statements sampled from a policy and the made-up words the policy read."""
+
+
+def rows(labeller: Labeller, rng: Random, pool: Pool) -> list[Row]:
+    """The rows of one group: a fresh one, or one of ``pool``."""
+    if pool and rng.random() < 0.6:
+        group, samples, words = rng.choice(pool)
+    else:
+        group, samples = training_group(rng), []
+        said = [group.question.text, *(c.opinion for c in group.citizens)]
+        words = foreign_words(said, rng, labeller.pieces) if rng.random() < FOREIGN_SHARE else {}
+    texts = contrasts(group, training_group(rng), [t for t in samples if t], rng)
     statements = [(t, read(t, group.question)) for t in texts]
     members = rng.sample(group.citizens, MEMBERS)
-    said = [group.question.text, *(c.opinion for c in group.citizens)]
-    words = foreign_words(said, rng) if rng.random() < FOREIGN_SHARE else {}
     return [make_row(labeller, group.question, c, statements, words) for c in members]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from random import Random
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from embedded.corpus import writer_document
+from embedded.corpus import Pieces, writer_document
 
 VOCABULARY = 4096
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -35,3 +36,10 @@ def train_tokenizer(documents: int = 30_000, seed: int = 0) -> PreTrainedTokeniz
         unk_token="<unk>",
         model_max_length=2048,
     )
+
+
+def word_pieces(tokenizer: PreTrainedTokenizerFast) -> Pieces:
+    """The vocabulary's lower-case pieces of two letters or more: those that start a word, those that go on with one."""
+    vocabulary = sorted(tokenizer.get_vocab())
+    starts = tuple(t[1:] for t in vocabulary if re.fullmatch("Ġ[a-z]{2,}", t))
+    return starts, tuple(t for t in vocabulary if re.fullmatch("[a-z]{2,}", t))

@@ -18,8 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from deliberation.citizens import Group
-from embedded.ratings import AUX, KINDS, USES, WORDING, Labeller, Row, rows
+from embedded.ratings import AUX, KINDS, USES, WORDING, Labeller, Pool, Row, rows
 from embedded.train_writer import give_back_memory, optimisers, schedule
 
 GROUPS_A_STEP = 4
@@ -139,7 +138,7 @@ def correlation(score: torch.Tensor, batch: Batch) -> float:
     return float(torch.corrcoef(pair)[0, 1])
 
 
-def produce(queue, tokenizer: PreTrainedTokenizerFast, seed: str, pool: list[tuple[Group, list[str]]]) -> None:
+def produce(queue, tokenizer: PreTrainedTokenizerFast, seed: str, pool: Pool) -> None:
     """Fill ``queue`` with lists of rows."""
     rng, labeller = Random(seed), Labeller(tokenizer)
     while True:

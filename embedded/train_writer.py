@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deliberation.prompts import OPENING
 from embedded.corpus import writer_document
-from embedded.tokenizer import train_tokenizer
+from embedded.tokenizer import train_tokenizer, word_pieces
 
 SIZE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4)
 TOKENS_A_STEP = 4096
@@ -46,11 +46,11 @@ def config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: str) -> Iterator[list[tuple[list[int], int]]]:
     """Endless batches of (token ids, where the completion starts), documents of similar length together."""
-    rng = Random(seed)
+    rng, pieces = Random(seed), word_pieces(tokenizer)
     while True:
         pool = []
         for _ in range(POOL):
-            prompt, completion = (tokenizer(text).input_ids for text in writer_document(rng))
+            prompt, completion = (tokenizer(text).input_ids for text in writer_document(rng, pieces))
             pool.append((prompt + completion + [tokenizer.eos_token_id], len(prompt)))
         pool.sort(key=lambda row: len(row[0]))
         groups: list[list[tuple[list[int], int]]] = [[]]

@@ -7,31 +7,28 @@ One Trainer step is one update:
 3. compute old and reference log-probabilities and values with the training code path (``rl.value``),
 4. token rewards, advantages, whitening (``rl.ppo``),
 5. ``num_ppo_epochs * num_mini_batches`` optimiser steps; the last one is left to the Trainer's own loop,
-6. log.
+6. log (``rl.recording``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import time
-import warnings
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, set_seed
 
 from deliberation.types import InputError
 from rl import metrics as numbers
 from rl import ppo
 from rl.inputs import ModelInputs, collate, collate_shared, spread
-from rl.logs import JsonlLog, PromptStream, write_completions
+from rl.logs import JsonlLog, PromptStream
 from rl.ppo_config import PPOConfig
+from rl.recording import RecordingTrainer
 from rl.rewards import RewardFunction, RewardFunctions
 from rl.rollout import Rollout, collect, mini_batches, prompt_seeds
 from rl.setup import (
@@ -39,7 +36,6 @@ from rl.setup import (
     check_dataset,
     check_precision,
     load,
-    load_policy_weights,
     parameter_groups,
     reference_and_policy,
 )
@@ -54,11 +50,10 @@ from rl.value import (
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
-STATE_FILE = "ppo_state.json"
 EVAL_SEED_OFFSET = 7_919  # evaluation draws from seeds of its own, the same at every evaluation
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(RecordingTrainer):
     """Proximal policy optimisation of a causal language model against reward functions.
 
     Args:
@@ -110,11 +105,6 @@ class PPOTrainer(Trainer):
         for part in filter(None, (joint, self.ref_model)):
             disable_dropout(part)
         check_precision(joint)
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._extra: dict[str, list] = {}
-        self._mode = "train"
-        self.num_tokens = 0
-        self.completions_table: list[dict[str, Any]] = []
         super().__init__(
             model=joint,
             args=args,
@@ -370,96 +360,6 @@ class PPOTrainer(Trainer):
             self._evaluate_tokens(rollout)
             sums += numbers.eval_sums(rollout)
         self._mode = "train"
-        sums = self._sum_over_ranks(sums)
-        found = numbers.eval_metrics(sums.tolist(), len(rows) * n, self.args.beta)
-        extra = {name: sum(v) / len(v) for name, v in self._metrics["eval"].items() if not name.startswith("time/")}
-        self._metrics["eval"].clear()
-        self._extra.clear()
-        result = {f"{metric_key_prefix}_{k}": v for k, v in {**extra, **found}.items()}
-        self.log(result)
+        result = self._record_evaluation(self._sum_over_ranks(sums), len(rows) * n, metric_key_prefix)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
         return result
-
-    # ---- logging -------------------------------------------------------------------------------------------------
-
-    def _log_metric(self, name: str, value: float) -> None:
-        self._metrics[self._mode][name].append(float(value))
-
-    def _log_extra(self, column: str, values: list) -> None:
-        self._extra[column] = list(values)
-
-    @contextlib.contextmanager
-    def _timed(self, name: str):
-        start = time.perf_counter()
-        yield
-        self._log_metric(f"time/{name}", time.perf_counter() - start)
-
-    def _sum_over_ranks(self, x: Tensor) -> Tensor:
-        return self.accelerator.reduce(x, reduction="sum") if self.args.world_size > 1 else x
-
-    def _record(self, rollout: Rollout, steps: list[dict[str, Tensor]], kl: float) -> None:
-        """Append this update's numbers, make the table of completions, and warn about a negative KL."""
-        args = self.args
-        self.num_tokens += int(
-            self._sum_over_ranks(
-                rollout.lengths.sum() + sum(len(ids) for ids in rollout.prompt_ids[:: args.num_generations])
-            )
-        )
-        found = {
-            **numbers.reward_metrics(rollout, self.reward_functions.names, args.num_generations, args.reward_clip),
-            **numbers.length_metrics(rollout),
-            **numbers.objective_metrics(rollout, args.beta),
-            **numbers.update_metrics(steps),
-            "update/optimizer_steps": float(len(steps)),
-        }
-        for name, value in found.items():
-            mean = float(self._sum_over_ranks(torch.tensor(value, device=args.device))) / args.world_size
-            self._metrics["train"][name].append(value if args.world_size == 1 else mean)
-        if kl < -0.5:
-            warnings.warn(
-                f"mean KL to the reference is {kl:.2f} nats, far below 0: sampling and training disagree "
-                "about the policy's distribution",
-                stacklevel=2,
-            )
-        self.completions_table = numbers.completions_table(
-            rollout, self.reward_functions.names, self._extra, self.state.global_step + 1
-        )
-        self._extra.clear()
-        for callback in (c for c in self.callback_handler.callbacks if hasattr(c, "on_completions")):
-            callback.on_completions(args, self.state, self.control, table=self.completions_table)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of the updates since the last log to the Trainer's own training logs."""
-        if "loss" in logs:
-            means = {name: sum(v) / len(v) for name, v in self._metrics["train"].items()}
-            self._metrics["train"].clear()
-            logs = {
-                **logs,
-                **means,
-                "num_tokens": self.num_tokens,
-                "episode": self.state.global_step * self.args.rows_per_update,
-            }
-            if self.args.log_completions and self.is_world_process_zero():
-                write_completions(self.args.output_dir, self.state.global_step, self.completions_table)
-        super().log(logs, start_time)
-
-    # ---- checkpoints ---------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The policy as ``save_pretrained`` writes it, its tokenizer, and the value model in ``value_model/``."""
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.policy.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
-        self.model.save_value(folder)
-        (folder / STATE_FILE).write_text(json.dumps({"num_tokens": self.num_tokens}))
-        torch.save(self.args, folder / "training_args.bin")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        load_policy_weights(self.model.policy, folder)
-        self.model.load_value(folder)
-        self.num_tokens = json.loads((folder / STATE_FILE).read_text())["num_tokens"]
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)

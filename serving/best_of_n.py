@@ -13,16 +13,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deliberation.prompts import clean_statement, one_line
-from deliberation.types import Deliberation, InputError, check_text
-from reward.welfare import ALPHAS, parse_alpha, welfare
+from deliberation.prompts import clean_statement
+from deliberation.types import Deliberation, InputError
+from reward.welfare import ALPHAS, welfare
+from serving.checks import check_count, check_readable, check_seed, welfare_used
 from serving.result import Candidate, Consensus, MemberView, Versions, WelfareUsed, Winner
-
-MAX_CANDIDATES = 64
-"""Candidates one synchronous request may ask for."""
-
-MAX_SEED = 2**53 - 1
-"""Largest seed: the largest integer every JSON client can carry exactly."""
 
 LOWEST_UTILITY = 1.0
 """Utility of an empty statement for every member: the bottom of the rating scale, as in training."""
@@ -104,47 +99,6 @@ class AsyncJudge(Protocol):
     def judge(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Awaitable[Judgement]: ...
 
 
-# --- checks ---------------------------------------------------------------------------------------------------
-
-
-def check_readable(field: str, value: object) -> str:
-    """``check_text``, and at least one character that survives ``one_line`` (control characters do not)."""
-    text = check_text(field, value)
-    if not one_line(text):
-        raise InputError(field, value, "has no readable characters; write at least one word")
-    return text
-
-
-def check_count(n: object) -> int:
-    """Return ``n`` if it is an integer from 1 to ``MAX_CANDIDATES``; InputError otherwise."""
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_CANDIDATES:
-        raise InputError("n", n, f"must be an integer from 1 to {MAX_CANDIDATES}")
-    return n
-
-
-def check_seed(seed: object) -> int:
-    """Return ``seed`` if it is an integer from 0 to ``MAX_SEED``; InputError otherwise."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise InputError("seed", seed, f"must be an integer from 0 to {MAX_SEED}")
-    return seed
-
-
-def check_welfare(value: object) -> str | float:
-    """Return ``value`` if it names a welfare function or is an alpha >= 0; InputError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise InputError("welfare", value, f"must be one of {', '.join(ALPHAS)} or a number >= 0")
-    if isinstance(value, int) and value > 1e300:  # too long for a float; parse_alpha takes what a float can hold
-        raise InputError("welfare", f"{str(value)[:20]}...", 'is too large; write "inf" for the worst-off member')
-    parse_alpha(value)
-    return value
-
-
-def welfare_used(value: str | float) -> WelfareUsed:
-    """Name and alpha of a welfare function, e.g. ``"nash"`` and ``1`` both give ``("nash", 1.0)``."""
-    alpha = parse_alpha(check_welfare(value))
-    return WelfareUsed(next((name for name, known in ALPHAS.items() if known == alpha), None), alpha)
-
-
 # --- the plan -------------------------------------------------------------------------------------------------
 
 
@@ -181,9 +135,9 @@ def make_plan(
     """Check a request and draw the order(s) in which the policy reads the opinions.
 
     Args:
-        n: candidates, 1 to ``MAX_CANDIDATES``.
+        n: candidates, 1 to ``checks.MAX_CANDIDATES``.
         welfare: ``utilitarian``, ``nash``, ``rawlsian`` or alpha >= 0 (``"inf"`` too).
-        seed: 0 to ``MAX_SEED``; decides orders and samples.
+        seed: 0 to ``checks.MAX_SEED``; decides orders and samples.
         reshuffle: draw an order for each sample instead of one for all. Equal orders still share a prefill.
 
     Raises:

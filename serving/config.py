@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from deliberation.types import InputError
-from serving.best_of_n import check_count, check_seed, check_welfare
+from serving.checks import check_count, check_seed, check_welfare
 
 DEFAULT_POLICY = "default"
 """Name of the policy that answers a request that names none."""

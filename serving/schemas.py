@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from deliberation.types import MAX_MEMBERS, MAX_OPINION_CHARS, InputError
-from serving.best_of_n import MAX_CANDIDATES, MAX_SEED, check_count, check_readable, check_seed, check_welfare
+from serving.checks import MAX_CANDIDATES, MAX_SEED, check_count, check_readable, check_seed, check_welfare
 from serving.config import DEFAULT_POLICY
 from serving.result import Consensus
 

@@ -32,7 +32,7 @@ QUESTION = Question(
     "q", "Should school meals be free?", "School meals should be free.", "School meals should not be free.", "schools"
 )
 COST = Wish("concern", "cost", ("young", "parents"), "the cost for young parents")
-GRANT = Wish("measure", "grants", ("village", "schools"), "grants for village schools")
+GRANT = Wish("measure", "grants", ("coastal", "teachers"), "grants for coastal teachers")
 CITIZEN = Citizen(1, (COST,), (), (), None, False, "I think that school meals should be free.")
 GOOD = "We think that school meals should be free. Care must be taken over the cost for young parents."
 
@@ -85,15 +85,15 @@ def test_other_people_count_less_than_ones_own():
 
 def test_a_red_line_ruins_agreement_and_ruling_it_out_helps():
     citizen = replace(CITIZEN, red_lines=(GRANT,))
-    proposed = agreement(f"{GOOD} We propose grants for village schools.", citizen)
-    ruled_out = agreement(f"{GOOD} We rule out grants for village schools.", citizen)
+    proposed = agreement(f"{GOOD} We propose grants for coastal teachers.", citizen)
+    ruled_out = agreement(f"{GOOD} We rule out grants for coastal teachers.", citizen)
     assert proposed < 2.8 < agreement(GOOD, citizen) < ruled_out
 
 
 def test_a_met_condition_brings_the_other_side_nearer():
     citizen = replace(CITIZEN, stance=-2, condition=GRANT)
     yes = "We think that school meals should be free."
-    met = rate_text(citizen, QUESTION, f"{yes} We propose grants for village schools.").parts["stance"]
+    met = rate_text(citizen, QUESTION, f"{yes} We propose grants for coastal teachers.").parts["stance"]
     assert met > rate_text(citizen, QUESTION, f"{yes} We propose grants for rural nurses.").parts["stance"]
 
 
@@ -119,6 +119,18 @@ def test_an_uncompromising_citizen_minds_the_other_side_more():
 def test_nonsense_scores_below_two_and_a_half(text):
     gold = rate_text(CITIZEN, QUESTION, text)
     assert gold.agreement < 2.5 and gold.quality < 2.5
+
+
+def test_empty_points_raise_neither_agreement_nor_quality():
+    plain = rate_text(CITIZEN, QUESTION, GOOD)
+    for nonsense in (
+        "We recognise that x.",
+        "We recognise that x. It matters that y. We doubt that z.",
+        "We propose grants for zzz.",
+        "Care must be taken over the cost for blorks and flumps.",
+    ):
+        gold = rate_text(CITIZEN, QUESTION, f"{GOOD} {nonsense}")
+        assert gold.quality < plain.quality and gold.agreement < plain.agreement
 
 
 def test_saying_it_twice_does_not_help():
@@ -187,7 +199,11 @@ def test_every_opinion_is_recognised_with_its_stance_and_wants():
             assert reading.stance == citizen.stance
             found = {(i.slot, i.kind, i.words) for i in reading.items}
             assert {(w.slot, w.kind, w.words) for w in citizen.wants} <= found
-            assert reading.personal
+
+
+def test_nearly_every_opinion_is_in_one_persons_voice():
+    spoken = [read(c.opinion, g.question).personal for g in groups(200) for c in g.citizens]
+    assert 0.97 < sum(spoken) / len(spoken) <= 1  # a bare claim with a bare reason names no person
 
 
 def test_held_out_words_appear_in_held_out_worlds_only():

@@ -16,7 +16,8 @@ from fastapi.testclient import TestClient
 from deliberation.types import MAX_MEMBERS, MAX_OPINION_CHARS
 from reward.preference import Calibration, PreferenceModel
 from serving.api import MAX_BODY_BYTES, Overloaded, make_app
-from serving.best_of_n import MAX_CANDIDATES, MAX_SEED, NoStatement, best_of_n
+from serving.best_of_n import NoStatement, best_of_n
+from serving.checks import MAX_CANDIDATES, MAX_SEED
 from serving.config import Sampling, ServeConfig
 from serving.local import LocalJudge, LocalSampler, LocalServices
 from serving.schemas import EXAMPLES, ConsensusResponse

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from deliberation.types import InputError
 from serving.best_of_n import (
-    MAX_CANDIDATES,
-    MAX_SEED,
     Draft,
     Judgement,
     NoStatement,
@@ -22,6 +20,7 @@ from serving.best_of_n import (
     member_view,
     rating_quantile,
 )
+from serving.checks import MAX_CANDIDATES, MAX_SEED
 
 OPINIONS = ("Yes.", "No.", "Maybe.")
 
