@@ -64,10 +64,9 @@ demo: $(STAMP)
 
 # The newest trained policy with the preference model beside it, or else the shipped models.
 serve: $(STAMP)
-	@shopt -s nullglob; models=(); for run in $$(ls -td runs/*/ 2>/dev/null || true); do \
-	  weights=($${run}ppo/*.safetensors); \
-	  if [ $${#weights[@]} -gt 0 ] && [ -f $${run}preference/calibration.json ]; then \
-	    models=(--model_name_or_path $${run}ppo --preference_model $${run}preference); break; fi; done; \
+	@models=(); for weights in $$(ls -t runs/*/ppo/*.safetensors 2>/dev/null || true); do \
+	  run=$${weights%/ppo/*}; if [ -f $$run/preference/calibration.json ]; then \
+	    models=(--model_name_or_path $$run/ppo --preference_model $$run/preference); break; fi; done; \
 	  echo "models: $${models[*]:-as shipped}"; \
 	  $(BIN)/consensus serve --config configs/embedded/serve.yaml $${models[@]+"$${models[@]}"} $(ARGS)
 
@@ -89,7 +88,9 @@ bench: $(STAMP)
 # One thread each; about an hour for the writer and another for the judge.
 embedded-models: $(STAMP)
 	@mkdir -p runs/embedded-models
-	@$(BIN)/python -m embedded.train_writer --log runs/embedded-models/writer.jsonl
+	@$(BIN)/python -m embedded.train_writer --output_dir runs/embedded-models/writer \
+	  --log runs/embedded-models/writer.jsonl
+	@cp runs/embedded-models/writer/* embedded/writer/
 	@$(BIN)/python -m embedded.sample_pool --policy embedded/writer --output runs/embedded-models/samples.pt
 	@$(BIN)/python -m embedded.train_judge --samples runs/embedded-models/samples.pt \
 	  --output_dir runs/embedded-models/judge --log runs/embedded-models/judge.jsonl

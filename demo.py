@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import statistics
 import time
 import urllib.request
@@ -23,7 +24,7 @@ from typing import Any
 from deliberation.citizens import Group, draw_group
 from deliberation.datasets import write_jsonl
 from deliberation.prompts import clean_statement, statement_prompt
-from deliberation.questions import load_questions
+from deliberation.questions import load_questions, read_questions
 from deliberation.types import InputError, Rating
 
 CONFIGS = Path(__file__).parent / "configs" / "embedded"
@@ -73,6 +74,12 @@ class DemoConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(name, getattr(self, name), "must be at least 1")
+        if self.candidates < 2:
+            raise InputError("candidates", self.candidates, "must be at least 2: people compare statements")
+        if not 1 <= self.min_quality <= 7:
+            raise InputError("min_quality", self.min_quality, "must be from 1 to 7")
+        if self.questions:
+            read_questions(self.questions)  # a wrong path must not cost minutes of training
         if self.preference_groups > self.sft_groups:
             raise InputError("preference_groups", self.preference_groups, f"at most sft_groups ({self.sft_groups})")
 
@@ -184,8 +191,9 @@ def main(config: DemoConfig) -> None:
     """Run all stages; ends with the table of arms and the report's path."""
     _prepare()
     out, data = Path(config.output_dir), Path(config.output_dir) / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    log, stages = out / "train.log", Stages(8)
+    _clear(out)
+    data.mkdir(parents=True)
+    log, stages = out / "train.log", Stages(7)
     from serving.deployments import local_ray
 
     with local_ray():
@@ -199,9 +207,18 @@ def main(config: DemoConfig) -> None:
     _finish(stages, out, comparison)
 
 
+def _clear(out: Path) -> None:
+    """Remove what an earlier demo left, so that no two runs mix; anything else in the folder stays."""
+    for name in ("data", "sft", "preference", "ppo"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("train.log", "comparison.json", "statements.jsonl", "report.html"):
+        (out / name).unlink(missing_ok=True)
+
+
 def _prepare() -> None:
     """Quiet libraries, one torch thread a process: on two cores more of them get in each other's way."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is plenty, and the trainers take one a process
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     import transformers
@@ -229,6 +246,8 @@ def _sft(config: DemoConfig, stages: Stages, out: Path, data: Path, log: Path) -
         texts = sample_candidates("embedded/writer", groups, config.candidates, config.seed, "base candidates")
         ratings = rated(groups, texts, "base", config.seed)
         rows = good_statements(groups, ratings, config.min_quality)
+        if not rows:
+            raise InputError("min_quality", config.min_quality, "no statement is that good; lower it or add sft_groups")
         write_jsonl(data / "statements.jsonl", rows)
         keys = {"statements": data / "statements.jsonl", "output_dir": out / "sft", "seed": config.seed}
         with quiet(log):

@@ -80,7 +80,7 @@ class Gold:
 
     Attributes:
         agreement, quality: in (1, 7).
-        agreement_without_voice: agreement without the one-person's-voice penalty.
+        agreement_without_voice, quality_without_voice: the same without the one-person's-voice penalty.
         parts: the terms on the logistic scale (``stance``, ``met``, ``hurt``, ``form``, ``voice``).
         item_gains: per item of the reading, its signed contribution to agreement on the logistic scale.
     """
@@ -88,6 +88,7 @@ class Gold:
     agreement: float
     quality: float
     agreement_without_voice: float
+    quality_without_voice: float
     parts: dict[str, float]
     item_gains: tuple[float, ...]
 
@@ -206,8 +207,8 @@ def rate(citizen: Citizen, reading: Reading) -> Gold:
     z = -0.9 + stance + gain + hurt - form
     parts = {"stance": stance, "met": gain, "hurt": hurt, "form": form, "voice": voice}
     gains = tuple(share * up + down for up, down in pairs)
-    quality = likert(quality_score(reading, form, voice))
-    return Gold(likert(z - voice), quality, likert(z), parts, gains)
+    quality, free = (likert(quality_score(reading, form, penalty)) for penalty in (voice, 0.0))
+    return Gold(likert(z - voice), quality, likert(z), free, parts, gains)
 
 
 def rate_text(citizen: Citizen, question: Question, text: str) -> Gold:

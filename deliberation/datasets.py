@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from deliberation.types import Deliberation, InputError, Rating, Vote
+from deliberation.types import Deliberation, InputError, Rating, Vote, is_hub_name
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
@@ -23,12 +23,13 @@ def read_table(source: str | Path, columns: Sequence[str], split: str = "train")
         split: which split of a hub data set.
 
     Raises:
-        InputError: no such file, another kind of file, a line that is no JSON object, a missing column, no rows.
+        InputError: no such file, another kind of file, a file that cannot be read, a line that is no JSON object, a
+            missing column, no rows.
     """
     path = Path(source)
     if path.is_file():
         rows = _read_file(path)
-    elif path.suffix in (".jsonl", ".parquet") or str(source).count("/") != 1 or path.is_dir():
+    elif path.is_dir() or "/" not in str(source) or not is_hub_name(str(source)):
         raise InputError("data", str(source), "no such file; give a .jsonl or .parquet file or a hub id owner/name")
     else:
         rows = _read_hub(str(source), split)
@@ -46,11 +47,19 @@ def _read_file(path: Path) -> list[Row]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(path).to_pylist()
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:  # torn pages are an OSError
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError("data", path.name, f"cannot be read as Parquet: {reason}") from error
     if path.suffix != ".jsonl":
         raise InputError("data", path.name, "is neither .jsonl nor .parquet; convert it to one of them")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("data", path.name, f"is not UTF-8 (byte {error.start}); save it so") from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut strings at U+2028 and the like
         if not line.strip():
             continue
         try:
@@ -81,6 +90,9 @@ def write_jsonl(path: str | Path, rows: Iterable[Row]) -> Path:
 def read_deliberations(source: str | Path) -> list[Deliberation]:
     """Deliberations of a table with ``question`` and ``opinions`` (and, if there, ``id`` and ``topic``)."""
     rows = read_table(source, ("question", "opinions"))
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row["opinions"], list | tuple):
+            raise InputError("data", f"{source}, row {number}", "its opinions must be a list of strings")
     return [
         Deliberation(str(r.get("id", k)), r["question"], tuple(r["opinions"]), str(r.get("topic") or ""))
         for k, r in enumerate(rows)

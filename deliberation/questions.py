@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from random import Random
 
+from deliberation.datasets import read_table
 from deliberation.lexicon import DATA, load_lexicon
 from deliberation.types import InputError, Question
 
+FOREIGN_COLUMNS = ("question", "affirming_statement", "negating_statement", "topic")
 SPLITS = ("train", "validation", "test")
 MAX_CLAIM_WORDS = 13
 """Claims longer than this are left out of foreign question files: the embedded models write one-line statements."""
@@ -17,7 +18,7 @@ MAX_CLAIM_WORDS = 13
 
 @cache
 def _shipped() -> tuple[tuple[str, Question], ...]:
-    rows = [json.loads(line) for line in (DATA / "questions.jsonl").read_text().splitlines()]
+    rows = read_table(DATA / "questions.jsonl", ("split", "id", "question", "affirming", "negating", "topic"))
     return tuple(
         (r["split"], Question(r["id"], r["question"], r["affirming"], r["negating"], r["topic"])) for r in rows
     )
@@ -42,17 +43,13 @@ def read_questions(path: str | Path, *, splits: tuple[str, ...] = ()) -> list[Qu
         splits: if given, only rows whose ``split`` is one of these.
 
     Raises:
-        InputError: if the file or a column is missing.
+        InputError: if the file or a column is missing, or the file cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError("questions", str(path), "no such file; give a JSONL file of debate questions")
     found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        row = json.loads(line)
-        for column in ("question", "affirming_statement", "negating_statement", "topic"):
-            if column not in row:
-                raise InputError("questions", f"{path.name} line {number}", f"add the column {column!r}")
+    for number, row in enumerate(read_table(path, FOREIGN_COLUMNS), 1):
         affirming, negating = row["affirming_statement"], row["negating_statement"].replace(" NOT ", " not ")
         plain = not any(c in affirming + negating for c in ",;:") and affirming != negating
         wanted = not splits or row.get("split") in splits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 MAX_MEMBERS = 64
 """Members one synchronous request may name (serving and training share the limit)."""
@@ -47,6 +49,22 @@ def check_text(field: str, value: object, *, limit: int = MAX_OPINION_CHARS) -> 
     if len(value) > limit:
         raise InputError(field, value, f"has {len(value)} characters; shorten it to at most {limit}")
     return value
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_LOCAL_FOLDERS = ("runs", "embedded")
+_FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".safetensors", ".bin", ".pt")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name that is no file or folder here may be one of the hub: ``model`` or ``owner/model``.
+
+    What looks like a path is not asked for there: a file name, or a name below a folder that exists (or below
+    ``runs`` and ``embedded``, where ours would be).
+    """
+    owner, slash, _ = name.partition("/")
+    local = bool(slash) and (owner in _LOCAL_FOLDERS or Path(owner).is_dir())
+    return _HUB_NAME.fullmatch(name) is not None and not local and not name.endswith(_FILE_SUFFIXES)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from evaluation.gold import CitizenGold, held_out_groups, noisy_ratings
 from evaluation.judging import Sampled
 from evaluation.report import print_table, write_report
 from reward import train as preference_training
-from reward.preference import PreferenceModel
+from reward.preference import PreferenceModel, fingerprint
 from reward.scoring import score
 from reward.welfare import parse_alpha
 from rl.logs import read_log
@@ -89,6 +90,12 @@ class CompareConfig:
                 raise InputError(name, getattr(self, name), "must be at least 1")
         if self.kl_deliberations < 0:
             raise InputError("kl_deliberations", self.kl_deliberations, "must be at least 0")
+        if not 0 < self.temperature < math.inf:  # written so that NaN is refused too
+            raise InputError("temperature", self.temperature, "must be a finite number above 0")
+        if not 0 < self.top_p <= 1:
+            raise InputError("top_p", self.top_p, "must be above 0 and at most 1")
+        if self.questions and not Path(self.questions).is_file():
+            raise InputError("questions", self.questions, "no such file; give a JSONL file of debate questions")
 
 
 @dataclass
@@ -264,15 +271,6 @@ def _preference(
     figures = dict(preference_training.measures(preference_model, ratings, second))
     correlation = measures.correlation(np.concatenate(utilities), np.concatenate(truth))
     return {**figures, "correlation": correlation}
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Short SHA-256 over names, types, shapes and bytes of a model's weights: the one the service reports too."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def read_history(path: str | None) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from random import Random
 from typing import Any
 
@@ -25,6 +25,7 @@ class GroupRatings:
     agreement: Array
     quality: Array
     agreement_without_voice: Array
+    quality_without_voice: Array
 
 
 class CitizenGold:
@@ -38,11 +39,8 @@ class CitizenGold:
         group = self.groups[index]
         readings = [read(text, group.question) for text in statements]
         table = [[rate(citizen, reading) for reading in readings] for citizen in group.citizens]
-        agreement, quality, free = (
-            np.array([[getattr(gold, name) for gold in row] for row in table])
-            for name in ("agreement", "quality", "agreement_without_voice")
-        )
-        return GroupRatings(agreement, quality, free)
+        names = [field.name for field in fields(GroupRatings)]
+        return GroupRatings(**{n: np.array([[getattr(gold, n) for gold in row] for row in table]) for n in names})
 
 
 def held_out_groups(questions: Sequence[Question], count: int, seed: int) -> list[Group]:

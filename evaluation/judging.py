@@ -24,6 +24,8 @@ class GoldRatings(Protocol):
     def quality(self) -> Array: ...
     @property
     def agreement_without_voice(self) -> Array: ...
+    @property
+    def quality_without_voice(self) -> Array: ...
 
 
 class GoldRater(Protocol):
@@ -105,15 +107,16 @@ def judge(index: int, one: Sampled, gold: GoldRater, alpha: float) -> tuple[Judg
     statements = (one.base, *one.sft, *one.ppo, *one.deliberation.opinions)
     ratings = gold.rate(index, statements)
     shape = (len(one.deliberation.opinions), len(statements))
-    names = ("agreement", "quality", "agreement_without_voice")
+    names = ("agreement", "quality", "agreement_without_voice", "quality_without_voice")
     for name in names:
         found = np.asarray(getattr(ratings, name), dtype=np.float64)
         if found.shape != shape or not ((found >= 1) & (found <= 7)).all():
             raise InputError(f"gold.{name}", found.shape, f"must be numbers from 1 to 7 of shape {shape}")
-    agreement, quality, no_voice = (np.asarray(getattr(ratings, name), dtype=np.float64) for name in names)
+    agreement, quality, *without = (np.asarray(getattr(ratings, name), dtype=np.float64) for name in names)
+    bare_agreement, bare_quality = without
     return (
         _variant(one, statements, agreement, quality, alpha),
-        _variant(one, statements, no_voice, quality, alpha),
+        _variant(one, statements, bare_agreement, bare_quality, alpha),
     )
 
 

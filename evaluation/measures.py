@@ -208,24 +208,6 @@ def correlation(x: Array, y: Array) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def pairwise_accuracy(scores: Array, ratings: Array) -> float:
-    """Share of one member's non-tied rating pairs of one deliberation that the scores order alike.
-
-    Equal scores count 1/2. Average it over (member, deliberation), so that each has equal weight.
-
-    Args:
-        scores, ratings: [statements].
-
-    Returns:
-        0 to 1; NaN if all ratings are equal.
-    """
-    first, second = np.triu_indices(len(ratings), k=1)
-    truth = np.sign(np.asarray(ratings, dtype=np.float64)[first] - np.asarray(ratings)[second])
-    guess = np.sign(np.asarray(scores, dtype=np.float64)[first] - np.asarray(scores)[second])
-    counted = truth != 0
-    return float(((truth * guess)[counted] + 1).mean() / 2) if counted.any() else math.nan
-
-
 def share_of_ceiling(accuracy: float, ceiling: float) -> float:
     """How far an accuracy is from chance (0.5, gives 0) to its ceiling (gives 1); NaN for a ceiling of chance."""
     return (accuracy - 0.5) / (ceiling - 0.5) if ceiling > 0.5 else math.nan

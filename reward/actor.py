@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
-from collections.abc import Sequence
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 import torch
+from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, without types
 
 from reward.preference import PreferenceModel
 from reward.scoring import Scores, score
+
+OBJECT_STORE_BYTES = 200_000_000
 
 
 class RewardActor:
@@ -73,3 +81,35 @@ def start_actor(
     actor = ray.remote(RewardActor).options(**options).remote(os.fspath(path), threads, device)
     ray.get(actor.threads.remote(), timeout=timeout)
     return actor
+
+
+@contextmanager
+def local_ray() -> Iterator[None]:
+    """The Ray this process is connected to, or a local one with its own temporary folder for the time being."""
+    if ray.is_initialized():
+        yield
+        return
+    # Even a local Ray listens on every interface, and whoever reaches it runs code: ask for a token, one that lives
+    # in this process's environment alone. Left to itself Ray 2.60 would write one to the home folder. It stays set
+    # for the life of the process, since Ray reads it once. A mode the user has set is respected.
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        Config.initialize("")  # this process read its settings when ray was imported; Ray refreshes them so too
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    folder = tempfile.mkdtemp(prefix="consensus-")  # short: Ray's socket names below it may have 107 characters
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.WARNING,
+            _temp_dir=folder,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)  # Ray's log writers may still be closing their files

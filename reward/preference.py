@@ -6,6 +6,7 @@ vLLM load it without this code; beside it ``calibration.json`` turns the scalar 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -20,12 +21,19 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from deliberation.prompts import preference_prefix, preference_suffix
 from deliberation.types import RATING_SCALE, InputError
 
 CALIBRATION_FILE = "calibration.json"
+CONFIG_FILE = "config.json"
 WEIGHTS = "*.safetensors"
 
 _MIN_SLOPE = 1e-3
@@ -207,20 +215,16 @@ class PreferenceModel:
         """Load a folder that ``save`` wrote: float32 on CPU, the saved precision elsewhere. No code is trusted.
 
         Raises:
-            InputError: field ``preference_model``: no folder, no safetensors, no calibration, or not one label.
+            InputError: field ``preference_model``; see ``check_folder``.
         """
+        calibration, metadata = check_folder(path)
         folder = Path(path)
-        calibration, metadata = load_calibration(folder)
-        if not any(folder.glob(WEIGHTS)):
-            raise InputError("preference_model", str(path), "has no safetensors weights; save it with safetensors")
         model = AutoModelForSequenceClassification.from_pretrained(
             folder,
             use_safetensors=True,
             trust_remote_code=False,
             dtype=torch.float32 if torch.device(device).type == "cpu" else "auto",
         )
-        if model.config.num_labels != 1:
-            raise InputError("preference_model", str(path), f"has {model.config.num_labels} labels; needs exactly 1")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return cls(model.to(device).eval(), tokenizer, calibration, metadata)
 
@@ -255,16 +259,34 @@ def _move(folder: Path, target: Path) -> None:
         new.replace(target / new.name)
 
 
-def load_calibration(folder: Path) -> tuple[Calibration, dict[str, Any]]:
-    """The calibration and the metadata beside a preference model.
+def check_folder(path: str | os.PathLike[str]) -> tuple[Calibration, dict[str, Any]]:
+    """Refuse a folder that ``PreferenceModel.load`` cannot load, without reading its weights.
+
+    Returns:
+        The calibration and the metadata beside the model.
 
     Raises:
-        InputError: field ``preference_model``, if there is no such folder or file.
+        InputError: field ``preference_model``: no folder, no calibration, no config, no safetensors, or not one label.
     """
+    folder = Path(path)
     if not folder.is_dir():
         raise InputError("preference_model", str(folder), "is not a folder; give one that `consensus preference` wrote")
-    file = folder / CALIBRATION_FILE
-    if not file.is_file():
-        raise InputError("preference_model", str(folder), f"has no {CALIBRATION_FILE}; fit with `consensus preference`")
-    document = json.loads(file.read_text())
+    for name in (CALIBRATION_FILE, CONFIG_FILE):
+        if not (folder / name).is_file():
+            raise InputError("preference_model", str(folder), f"has no {name}; fit with `consensus preference`")
+    if not any(folder.glob(WEIGHTS)):
+        raise InputError("preference_model", str(folder), "has no safetensors weights; save it with safetensors")
+    labels = AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels
+    if labels != 1:
+        raise InputError("preference_model", str(folder), f"has {labels} labels; needs exactly 1")
+    document = json.loads((folder / CALIBRATION_FILE).read_text())
     return Calibration.from_dict(document), document.get("metadata", {})
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Short SHA-256 (16 hex digits) over names, types, shapes and bytes of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()[:16]}"

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from deliberation.datasets import read_ratings
-from deliberation.types import InputError, Rating
+from deliberation.types import InputError, Rating, is_hub_name
 from embedded import resolve
 from reward.measures import measures, rows_of_members
 from reward.preference import WEIGHTS, Calibration, PreferenceModel, ordinal_log_likelihood
@@ -90,6 +90,10 @@ class PreferenceConfig(TrainingArguments):
             raise InputError("ordinal_weight", self.ordinal_weight, "must be 0 or more")
         if not 0 < self.eval_share < 1:
             raise InputError("eval_share", self.eval_share, "must be between 0 and 1")
+        checkpoint = self.resume_from_checkpoint
+        if checkpoint is not None and not Path(checkpoint).is_dir():
+            mend = "no such folder; give one like runs/NAME/checkpoint-100"
+            raise InputError("resume_from_checkpoint", checkpoint, mend)
         if self.activation_checkpointing:  # it drops the key-value cache, and the prefix with it
             raise InputError("activation_checkpointing", True, "must be off: the shared prefix lives in the cache")
 
@@ -207,7 +211,7 @@ def _check(config: PreferenceConfig, ratings: Sequence[Rating], eval_ratings: Se
 
 def _load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A one-label classifier in float32 (a language model gets a new head) and its tokenizer; safetensors alone."""
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1):
+    if not Path(name).is_dir() and not is_hub_name(name):
         raise InputError("model_name_or_path", name, "no such folder; give one, or a hub name owner/model")
     if Path(name).is_dir() and not any(Path(name).glob(WEIGHTS)):
         raise InputError("model_name_or_path", name, "has no safetensors weights; save it with safetensors")
@@ -335,7 +339,9 @@ class _PreferenceTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         tokens = [len(m.prefix) + len(m.suffixes) * max(map(len, m.suffixes)) for m in self._members]
-        generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
+        generator = torch.Generator().manual_seed(
+            self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        )
         return LengthGroupedSampler(self.args.train_batch_size, lengths=tokens, generator=generator)
 
     def compute_loss(

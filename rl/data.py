@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ def checked_row(row: dict[str, Any], index: int, source: str) -> Deliberation:
         InputError: naming ``source``, the row and the field.
     """
     opinions = row.get("opinions")
-    if opinions is None or isinstance(opinions, str):
+    if not isinstance(opinions, list | tuple):
         raise InputError(f"{source} row {index}: opinions", opinions, "must be a list of strings")
     try:
         return Deliberation(id=str(index), question=row.get("question", ""), opinions=tuple(opinions))
@@ -55,7 +56,7 @@ def ppo_prompts(rows: Sequence[dict[str, Any]], source: str = "deliberations") -
     """Rows with question, opinions (and optional weights) as ``PPOTrainer`` reads them: with a ``prompt``.
 
     Raises:
-        InputError: on no rows, an empty group or an empty or over-long text, naming the row.
+        InputError: on no rows, an empty group, an empty or over-long text or bad weights, naming the row.
     """
     if not rows:
         raise InputError(source, "0 rows", "give at least one row")
@@ -65,7 +66,22 @@ def ppo_prompts(rows: Sequence[dict[str, Any]], source: str = "deliberations") -
         opinions = list(deliberation.opinions)
         prompt = statement_prompt(deliberation.question, opinions)
         columns = {"weights": row["weights"]} if row.get("weights") is not None else {}
+        if columns:
+            _check_weights(f"{source} row {i}: weights", row["weights"], len(opinions))
         made.append({"prompt": prompt, "question": deliberation.question, "opinions": opinions, **columns})
     if len({"weights" in row for row in made}) > 1:
         raise InputError(f"{source}: weights", None, "give weights in every row or in none")
     return made
+
+
+def _check_weights(field: str, weights: Any, members: int) -> None:
+    """Refuse what ``reward.welfare`` could not weigh members by, before anything is trained.
+
+    Raises:
+        InputError: naming ``field``.
+    """
+    if not isinstance(weights, list | tuple) or len(weights) != members:
+        raise InputError(field, weights, f"must be a list of one number a member ({members})")
+    numbers = all(isinstance(w, int | float) and not isinstance(w, bool) for w in weights)
+    if not numbers or not all(0 <= w < math.inf for w in weights) or not any(weights):
+        raise InputError(field, weights, "must be finite numbers, 0 or more and not all 0")

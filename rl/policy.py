@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from deliberation.types import InputError
+from deliberation.types import InputError, is_hub_name
 from embedded import resolve
 from rl.sampling import Sample, sample
 
@@ -61,8 +61,8 @@ def _check_folder(path: str) -> None:
     """A local folder must exist and hold safetensors; names of hub models pass."""
     folder = Path(path)
     if not folder.is_dir():
-        if folder.is_absolute() or path.startswith((".", "~")):
-            raise InputError("model_name_or_path", path, "no such folder")
+        if not is_hub_name(path):
+            raise InputError("model_name_or_path", path, "no such folder; give one, or a hub name owner/model")
         return
     if not any(folder.glob("*.safetensors")):
         mend = "holds no *.safetensors; save the model with save_pretrained (pickled weights are not read)"

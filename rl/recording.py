@@ -35,7 +35,9 @@ class RecordingTrainer(Trainer):
     reward_functions: RewardFunctions
 
     def __init__(self, **kwargs: Any):
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._metrics: dict[str, list[float]] = defaultdict(list)  # one value an update
+        self._eval_metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)  # (mean of a batch, its rows)
+        self._eval_rows = 0  # rows of the evaluation batch at hand
         self._extra: dict[str, list] = {}
         self._mode = "train"
         self.num_tokens = 0
@@ -45,7 +47,10 @@ class RecordingTrainer(Trainer):
     # ---- logging -------------------------------------------------------------------------------------------------
 
     def _log_metric(self, name: str, value: float) -> None:
-        self._metrics[self._mode][name].append(float(value))
+        if self._mode == "eval":
+            self._eval_metrics[name].append((float(value), self._eval_rows))
+        else:
+            self._metrics[name].append(float(value))
 
     def _log_extra(self, column: str, values: list) -> None:
         self._extra[column] = list(values)
@@ -76,7 +81,7 @@ class RecordingTrainer(Trainer):
         }
         for name, value in found.items():
             mean = float(self._sum_over_ranks(torch.tensor(value, device=args.device))) / args.world_size
-            self._metrics["train"][name].append(value if args.world_size == 1 else mean)
+            self._metrics[name].append(value if args.world_size == 1 else mean)
         if kl < -0.5:
             warnings.warn(
                 f"mean KL to the reference is {kl:.2f} nats, far below 0: sampling and training disagree "
@@ -93,8 +98,12 @@ class RecordingTrainer(Trainer):
     def _record_evaluation(self, sums: Tensor, rows: int, prefix: str) -> dict[str, float]:
         """Log and return the means over ``rows`` completions, from the ``sums`` of ``rl.metrics.eval_sums``."""
         found = numbers.eval_metrics(sums.tolist(), rows, self.args.beta)
-        extra = {name: sum(v) / len(v) for name, v in self._metrics["eval"].items() if not name.startswith("time/")}
-        self._metrics["eval"].clear()
+        extra = {
+            name: sum(value * weight for value, weight in batches) / sum(weight for _, weight in batches)
+            for name, batches in self._eval_metrics.items()
+            if not name.startswith("time/")
+        }
+        self._eval_metrics.clear()
         self._extra.clear()
         result = {f"{prefix}_{k}": v for k, v in {**extra, **found}.items()}
         self.log(result)
@@ -103,8 +112,8 @@ class RecordingTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the updates since the last log to the Trainer's own training logs."""
         if "loss" in logs:
-            means = {name: sum(v) / len(v) for name, v in self._metrics["train"].items()}
-            self._metrics["train"].clear()
+            means = {name: sum(v) / len(v) for name, v in self._metrics.items()}
+            self._metrics.clear()
             logs = {
                 **logs,
                 **means,

@@ -3,7 +3,12 @@
 The same function as a plain process, under ``accelerate launch``, or as a Ray job::
 
     consensus ppo --config configs/embedded/ppo.yaml
-    ray job submit --working-dir . -- consensus ppo --config configs/embedded/ppo.yaml --reward_actors 1
+    ray job submit --working-dir . --entrypoint-num-gpus 1 -- consensus ppo --config configs/qwen3-0.6b/ppo.yaml
+        --model_name_or_path /fsx/consensus/sft --preference_model /fsx/consensus/preference
+        --deliberations /fsx/consensus/deliberations.jsonl --eval_deliberations /fsx/consensus/eval_deliberations.jsonl
+        --output_dir /fsx/consensus/ppo --reward_actors 1 --reward_actor_gpus 1
+
+(one line; a job runs in a temporary copy of the working directory, so its paths are absolute, on shared storage.)
 
 With ``reward_actors: 0`` the preference model runs in the training process; with more, in that many Ray actors (for
 every training process), on the cluster the job runs on or on a local one started for the run.
@@ -33,7 +38,7 @@ from deliberation.datasets import read_table
 from deliberation.types import InputError
 from embedded import resolve
 from reward.group_reward import LocalScorer, Scorer, make_group_reward
-from reward.preference import PreferenceModel, load_calibration
+from reward.preference import PreferenceModel, check_folder
 from reward.welfare import parse_alpha
 from rl.data import ppo_prompts
 from rl.policy import check_model_keys, load_from_keys
@@ -100,33 +105,34 @@ def hosted_scorer(config: PPOScriptConfig) -> Iterator[Scorer]:
 
     from reward.actor import RemoteScorer, start_actor
 
-    ours = not ray.is_initialized()
-    if ours:
-        _start_ray()
     actors: list[Any] = []
-    try:
-        threads = max(1, int(config.reward_actor_cpus))
-        for _ in range(config.reward_actors):
-            actors.append(
-                start_actor(path, num_cpus=config.reward_actor_cpus, num_gpus=config.reward_actor_gpus, threads=threads)
-            )
-        yield RemoteScorer(*actors)
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-        if ours:
-            ray.shutdown()
+    with _cluster():
+        try:
+            cpus, gpus = config.reward_actor_cpus, config.reward_actor_gpus
+            for _ in range(config.reward_actors):
+                actors.append(start_actor(path, num_cpus=cpus, num_gpus=gpus, threads=max(1, int(cpus))))
+            yield RemoteScorer(*actors)
+        finally:
+            for actor in actors:
+                ray.kill(actor)
 
 
-def _start_ray() -> None:
-    """Join the cluster a Ray job runs on (RAY_ADDRESS), or start a local one that this process alone uses."""
+@contextmanager
+def _cluster() -> Iterator[None]:
+    """The Ray this process is connected to, the cluster a Ray job runs on (RAY_ADDRESS), or a local one of its own."""
     import ray
 
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
+    from reward.actor import local_ray
+
+    if ray.is_initialized() or "RAY_ADDRESS" not in os.environ:
+        with local_ray():
+            yield
         return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, no dashboard, ends with this process
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+    ray.init(log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _preference_path(config: PPOScriptConfig) -> str:
@@ -190,7 +196,7 @@ def train_ppo(
     if eval_rows is None and config.eval_deliberations:
         eval_rows = _table("eval_deliberations", config.eval_deliberations)
     held_out = None if eval_rows is None else ppo_prompts(eval_rows, "eval_deliberations")
-    load_calibration(Path(_preference_path(config)))
+    check_folder(_preference_path(config))
     model, tokenizer = load_from_keys(config)
     value_model = value_model_from(_preference_path(config), tokenizer) if config.separate_value_model else None
     # 2. Train against the welfare of each group.

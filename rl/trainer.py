@@ -356,6 +356,7 @@ class PPOTrainer(RecordingTrainer):
         self._mode = "eval"
         for start in range(rank * self.args.num_prompts, len(rows), world * self.args.num_prompts):
             part = slice(start, start + self.args.num_prompts)
+            self._eval_rows = len(rows[part])
             rollout = self._rollout(rows[part], n, seeds[part])
             self._evaluate_tokens(rollout)
             sums += numbers.eval_sums(rollout)

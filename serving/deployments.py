@@ -8,14 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import re
-import secrets
 import shlex
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 import urllib.error
@@ -27,16 +22,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
 from fastapi import FastAPI
 from ray import serve
-from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, without types
 from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from deliberation.types import InputError
+from deliberation.types import InputError, is_hub_name
 from embedded import resolve
+from reward.actor import local_ray
 from serving.api import Overloaded, make_app
 from serving.best_of_n import Draft, Judgement, Order, Plan, answer_async
 from serving.config import DEFAULT_POLICY, Sampling, ServeConfig
@@ -45,9 +40,7 @@ from serving.schemas import EXAMPLES
 
 APPLICATION = "consensus"
 CALIBRATION = "calibration.json"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 READY_TIMEOUT_S = 120.0
-OBJECT_STORE_BYTES = 200_000_000
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -217,8 +210,8 @@ def model_folder(field: str, name_or_path: str) -> str:
         if field == "preference_model" and not (path / CALIBRATION).is_file():
             raise InputError(field, name_or_path, f"has no {CALIBRATION}; fit it with `consensus preference`")
         return str(path.resolve())
-    if field == "preference_model" or not HUB_NAME.fullmatch(name_or_path):  # calibration is never on the hub
-        raise InputError(field, name_or_path, "is not a folder; train the model first or name another")
+    if field == "preference_model" or not is_hub_name(name_or_path):  # calibration is never on the hub
+        raise InputError(field, name_or_path, "no such folder; train the model first or name another")
     return name_or_path
 
 
@@ -226,8 +219,9 @@ def model_folder(field: str, name_or_path: str) -> str:
 def running_service(config: ServeConfig) -> Iterator[str]:
     """Start the service, wait until ``/healthz`` is ready, yield its URL, stop it.
 
-    A Ray cluster this process is connected to is used and left running; otherwise a local one is started on
-    loopback, with its own temporary folder, and shut down again. Nothing else on the machine is stopped.
+    A Ray cluster this process is connected to is used and left running, Serve with other applications (and its
+    address, if it ran before) too; otherwise a local one is started on loopback, with its own temporary folder, and
+    shut down again. Nothing else on the machine is stopped.
 
     Raises:
         InputError: if the port is taken or a model folder is not one.
@@ -236,15 +230,16 @@ def running_service(config: ServeConfig) -> Iterator[str]:
     application = build(config)
     config = replace(config, port=_port(config.host, config.port))
     with local_ray():
+        timeout = config.request_timeout_s + 10  # the ingress answers 504 first, in our words
+        serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=timeout))
+        address = _get_global_client().http_config  # not ours where Serve ran already
         try:
-            timeout = config.request_timeout_s + 10  # the ingress answers 504 first, in our words
-            serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=timeout))
             serve.run(application, name=APPLICATION, route_prefix="/")
-            url = f"http://{config.host}:{config.port}"
+            url = f"http://{address.host}:{address.port}"
             _wait_until_ready(url)
             yield url
         finally:
-            serve.shutdown()
+            serve.delete(APPLICATION)  # shutdown() would end other applications too; our own Ray ends with Serve
 
 
 def main(config: ServeConfig) -> None:
@@ -270,38 +265,6 @@ def curl_line(url: str) -> str:
     """A command that asks the service for a consensus."""
     body = shlex.quote(json.dumps(EXAMPLES[0]))
     return f"curl -s {url}/v1/consensus -H 'Content-Type: application/json' -d {body}"
-
-
-@contextmanager
-def local_ray() -> Iterator[None]:
-    """The Ray this process is connected to, or a local one with its own temporary folder for the time being."""
-    if ray.is_initialized():
-        yield
-        return
-    # Even a local Ray listens on every interface, and whoever reaches it runs code: ask for a token, one that lives
-    # in this process's environment alone. Left to itself Ray 2.60 would write one to the home folder. It stays set
-    # for the life of the process, since Ray reads it once. A mode the user has set is respected.
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        Config.initialize("")  # this process read its settings when ray was imported; Ray refreshes them so too
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    folder = tempfile.mkdtemp(prefix="consensus-")  # short: Ray's socket names below it may have 107 characters
-    try:
-        ray.init(
-            address="local",
-            num_cpus=max(2, os.cpu_count() or 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-            _temp_dir=folder,
-        )
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)  # Ray's log writers may still be closing their files
 
 
 def _port(host: str, port: int) -> int:

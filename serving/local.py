@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from deliberation.prompts import preference_prefix, preference_suffix, statement_prompt
 from deliberation.types import InputError
 from embedded import resolve
-from reward.preference import PreferenceModel
+from reward.preference import PreferenceModel, fingerprint
 from reward.scoring import score
 from rl.policy import load_policy, sample
 from serving.best_of_n import Draft, Judgement, Order, Plan, answer
 from serving.config import Sampling, ServeConfig
 from serving.result import Consensus
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Short SHA-256 (16 hex digits) over names, types, shapes and bytes of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 class LocalSampler:

@@ -123,17 +123,32 @@ def test_model_folder_without_safetensors(refuse, tmp_path, stage):
 
 
 @pytest.mark.parametrize("stage", ["sft", "preference", "ppo", "serve"])
-def test_model_folder_that_is_not_there(refuse, tmp_path, stage):
-    assert "nowhere" in refuse(stage, model_name_or_path=tmp_path / "nowhere")
+@pytest.mark.parametrize("name", ["runs/nowhere", "runs/nowhere/sft", "embedded/nowhere", "./nowhere", None])
+def test_model_folder_that_is_not_there(refuse, tmp_path, stage, name):
+    line = refuse(stage, model_name_or_path=name or tmp_path / "nowhere")
+    assert "nowhere" in line and "no such folder" in line
 
 
-@pytest.mark.parametrize("stage", ["ppo", "compare"])
-@pytest.mark.parametrize("missing", ["model.safetensors", "calibration.json"])
-def test_preference_model_that_lacks_a_file(refuse, tmp_path, stage, missing):
+READS_A_JUDGE = [("ppo", {"reward_actors": 0}), ("ppo", {"reward_actors": 1}), ("compare", {})]
+
+
+@pytest.mark.parametrize(("stage", "keys"), READS_A_JUDGE)
+@pytest.mark.parametrize("missing", ["model.safetensors", "calibration.json", "config.json"])
+def test_preference_model_that_lacks_a_file(refuse, tmp_path, stage, keys, missing):
     folder = stage_inputs.save_preference_model(tmp_path / "judge")
     (folder / missing).unlink()
-    line = refuse(stage, preference_model=folder)
+    line = refuse(stage, preference_model=folder, **keys)
     assert "preference_model" in line and missing.split(".")[-1] in line
+
+
+@pytest.mark.parametrize(("stage", "keys"), READS_A_JUDGE)
+def test_preference_model_with_two_labels(refuse, tmp_path, stage, keys):
+    folder = stage_inputs.save_preference_model(tmp_path / "judge")
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    line = refuse(stage, preference_model=folder, **keys)
+    assert "preference_model" in line and "2 labels" in line
 
 
 @pytest.mark.parametrize("stage", ["ppo", "compare", "serve"])

@@ -133,7 +133,7 @@ def test_no_file_names_a_machine_path_or_a_registry():
 
 def test_every_room_ships_in_the_wheel_with_its_data():
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert {pattern.rstrip("*") for pattern in tool["packages"]["find"]["include"]} == set(BELOW)
+    assert {pattern.rstrip("*") for pattern in tool["packages"]["find"]["include"]} == {*BELOW, "configs"}
     for package, patterns in tool["package-data"].items():
         for file in (p for p in (ROOT / package).rglob("*") if p.suffix in (".json", ".jsonl", ".safetensors")):
             inside = file.relative_to(ROOT / package)

@@ -165,7 +165,7 @@ def test_a_citizen_marks_down_a_copy_of_their_own_opinion():
     group = groups(1)[0]
     citizen = group.citizens[0]
     gold = rate_text(citizen, group.question, citizen.opinion)
-    assert gold.agreement < gold.agreement_without_voice
+    assert gold.agreement < gold.agreement_without_voice and gold.quality < gold.quality_without_voice
     assert is_copy(read(citizen.opinion, group.question).words, citizen.opinion)
 
 
@@ -247,7 +247,7 @@ def test_two_processes_with_the_same_seed_make_the_same_groups():
 def test_any_text_gets_a_rating_on_the_scale(text):
     gold = rate_text(CITIZEN, QUESTION, text)
     assert 1 <= gold.agreement <= 7 and 1 <= gold.quality <= 7
-    assert gold.agreement <= gold.agreement_without_voice
+    assert gold.agreement <= gold.agreement_without_voice and gold.quality <= gold.quality_without_voice
 
 
 @given(st.integers(0, 10_000))

@@ -29,7 +29,7 @@ from deliberation.prompts import (
     statement_prompt,
 )
 from deliberation.questions import SPLITS, invented_question, load_questions, read_questions
-from deliberation.types import MAX_MEMBERS, MAX_OPINION_CHARS, Deliberation, InputError, Rating, Vote
+from deliberation.types import MAX_MEMBERS, MAX_OPINION_CHARS, Deliberation, InputError, Rating, Vote, is_hub_name
 
 
 def test_the_statement_prompt_is_the_papers():
@@ -109,6 +109,17 @@ def test_our_questions_are_many_over_many_topics_split_by_topic():
         assert len(q.affirming.split()) <= 13
 
 
+def test_no_training_claim_is_nearly_a_held_out_one():
+    def words(question):
+        return set(question.affirming.lower().rstrip(".").split()) - set("should not be the a of to in".split())
+
+    held_out = [q for split in SPLITS if split != "train" for q in load_questions(split)]
+    for seen in load_questions("train"):
+        for other in held_out:
+            a, b = words(seen), words(other)
+            assert len(a & b) < 0.6 * len(a | b), f"{seen.affirming} / {other.affirming}"
+
+
 def test_an_unknown_split_is_named():
     with pytest.raises(InputError, match="split"):
         load_questions("dev")
@@ -140,6 +151,9 @@ def test_foreign_question_files_are_read(tmp_path):
         read_questions(path)
     with pytest.raises(InputError, match="no such file"):
         read_questions(tmp_path / "none.jsonl")
+    path.write_text(json.dumps(row) + "\n{torn")
+    with pytest.raises(InputError, match="q.jsonl, line 2.*not JSON"):
+        read_questions(path)
 
 
 ROW = {
@@ -175,16 +189,60 @@ def test_bad_tables_are_named(tmp_path):
     (tmp_path / "b.jsonl").write_text("{not json}")
     (tmp_path / "c.jsonl").write_text("[1]")
     (tmp_path / "d.jsonl").write_text("\n")
+    (tmp_path / "f.jsonl").write_bytes('{"x": "Z\u00fcrich"}'.encode("latin-1"))
+    (tmp_path / "g.parquet").write_bytes(b"PAR1 and no more")
     messages = {
         "a.csv": "neither",
         "b.jsonl": "line 1.*not JSON",
         "c.jsonl": "not a JSON object",
         "d.jsonl": "no rows",
         "e.jsonl": "no such file",
+        "f.jsonl": "f.jsonl.*UTF-8",
+        "g.parquet": "g.parquet.*Parquet",
     }
     for name, message in messages.items():
         with pytest.raises(InputError, match=message):
             read_table(tmp_path / name, ["x"])
+
+
+def test_unicode_line_separators_inside_strings_round_trip(tmp_path):
+    rows = [{"x": "one\u2028two\u2029three\u0085four"}, {"x": "five"}]
+    assert read_table(write_jsonl(tmp_path / "u.jsonl", rows), ["x"]) == rows
+    question = {"affirming_statement": "Tea is nice.", "negating_statement": "Tea is not nice.", "topic": "t"}
+    path = write_jsonl(tmp_path / "q.jsonl", [{"question": "Is tea\u2028nice?", **question}])
+    assert [q.text for q in read_questions(path)] == ["Is tea\u2028nice?"]
+
+
+@pytest.mark.parametrize("opinions", [5, "one text", {"a": "b"}])
+def test_opinions_that_are_no_list_are_named(tmp_path, opinions):
+    path = write_jsonl(
+        tmp_path / "d.jsonl", [{"question": "Q?", "opinions": ["a"]}, {"question": "Q?", "opinions": opinions}]
+    )
+    with pytest.raises(InputError, match="row 2.*opinions.*list"):
+        read_deliberations(path)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen3-0.6B", "google-bert/bert-base-uncased", "0x/a_b.c"])
+def test_hub_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_name(name)
+    (tmp_path / name.split("/")[0]).mkdir()
+    assert is_hub_name(name) == ("/" not in name)  # beside a folder of that name it is a path
+
+
+@pytest.mark.parametrize(
+    "name", ["", "runs/sft", "runs/a/sft", "a/b/c", "/a/b", "./a", "../a", "~/a", "a/", "a b/c", "embedded/x",
+             "data/rows.jsonl", "rows.parquet", "a/model.safetensors"],
+)  # fmt: skip
+def test_paths_are_no_hub_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not is_hub_name(name)
+
+
+@pytest.mark.parametrize("name", ["runs/rows", "rows", "data/rows.json"])
+def test_a_missing_data_file_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(InputError, match="no such file"):
+        read_table(name, ["x"])
 
 
 def test_deliberations_and_votes_are_read(tmp_path):

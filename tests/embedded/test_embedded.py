@@ -34,7 +34,7 @@ def test_training_documents_hold_no_held_out_topic_or_word():
 
 
 def test_foreign_words_replace_whole_words_in_all_texts_alike():
-    texts = ["Should nurses wait?", "Nurses wait.", "Some nurses, and nurseries."]
+    texts = ["Should nurses wait?", "Nurses wait.", "Some nurses and others."]
     words = foreign_words(texts, Random(1))
     assert words and set(words) <= {"nurses", "wait"}
     renamed = rename("Nurses wait. The nurses, nurseries.", {"nurses": "blorks"})

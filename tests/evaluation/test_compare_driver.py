@@ -99,14 +99,6 @@ def test_kl_is_measured_on_the_first_deliberations_only(gathered):
     assert all(s > 0 for s in watch.seconds.values())
 
 
-def test_fingerprint_is_the_services():
-    from serving.local import fingerprint
-
-    tokenizer = tiny.make_tokenizer()
-    one, two = (tiny.make_policy(tokenizer, seed=seed) for seed in (0, 1))
-    assert driver.fingerprint(one) == fingerprint(one) != driver.fingerprint(two)
-
-
 def test_written_files_hold_the_whole_comparison(tmp_path):
     sampled, gold = make_world(4, size=2)
     result = driver.compare(sampled, gold, welfare="nash", preference=PREFERENCE, versions={}, seconds={}, draws=50)
@@ -171,3 +163,14 @@ def test_counts_below_one_are_refused(field):
         config(**{field: 0})
     with pytest.raises(InputError, match="kl_deliberations"):
         config(kl_deliberations=-1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", 0.0), ("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")),
+     ("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan")), ("questions", "runs/nowhere.jsonl")],
+)  # fmt: skip
+def test_sampling_keys_and_files_are_checked_before_anything_is_loaded(field, value):
+    with pytest.raises(InputError) as error:
+        config(**{field: value})
+    assert error.value.field == field

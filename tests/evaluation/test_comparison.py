@@ -92,6 +92,7 @@ def test_without_voice_penalty_changes_only_personal_texts():
     comparison = run(*by_hand())
     with_, without = comparison["arms"], comparison["without_voice_penalty"]["arms"]
     assert without["best_opinion"]["mean"] == 5.5 and with_["best_opinion"]["mean"] == 4.5
+    assert without["best_opinion"]["quality"] > with_["best_opinion"]["quality"] == 5
     assert without["sft_best_of_2"] == with_["sft_best_of_2"]
 
 

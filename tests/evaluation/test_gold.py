@@ -25,6 +25,7 @@ def test_rate_is_each_citizens_own_rating_of_each_text():
             assert found.agreement[m, s] == gold.agreement
             assert found.quality[m, s] == gold.quality
             assert found.agreement_without_voice[m, s] == gold.agreement_without_voice
+            assert found.quality_without_voice[m, s] == gold.quality_without_voice
     assert found.agreement.shape == (len(groups[1].citizens), 4)
     assert (found.agreement >= 1).all() and (found.agreement <= 7).all()
 

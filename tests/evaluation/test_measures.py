@@ -151,20 +151,6 @@ def test_correlation():
     assert math.isnan(m.correlation(np.ones(3), np.arange(3)))
 
 
-def test_pairwise_accuracy_hand_worked():
-    # pairs of ratings (5, 3, 3): (0,1) and (0,2) count, (1,2) is tied; scores get one right, one equal
-    assert m.pairwise_accuracy(np.array([2.0, 1.0, 2.0]), np.array([5, 3, 3])) == pytest.approx(0.75)
-    assert math.isnan(m.pairwise_accuracy(np.array([1.0, 2.0]), np.array([4, 4])))
-
-
-@given(st.lists(st.integers(1, 7), min_size=2, max_size=6), st.lists(st.floats(-5, 5), min_size=6, max_size=6))
-def test_pairwise_accuracy_of_turned_scores_is_the_complement(given_ratings, scores):
-    s = np.array(scores[: len(given_ratings)])
-    accuracy = m.pairwise_accuracy(s, np.array(given_ratings))
-    if not math.isnan(accuracy):
-        assert accuracy + m.pairwise_accuracy(-s, np.array(given_ratings)) == pytest.approx(1)
-
-
 def test_share_of_ceiling():
     assert m.share_of_ceiling(0.8, 0.85) == pytest.approx(0.3 / 0.35)
     assert math.isnan(m.share_of_ceiling(0.8, 0.5))

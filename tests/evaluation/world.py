@@ -18,6 +18,7 @@ class Ratings:
     agreement: np.ndarray
     quality: np.ndarray
     agreement_without_voice: np.ndarray
+    quality_without_voice: np.ndarray
 
 
 class TableGold:
@@ -29,7 +30,7 @@ class TableGold:
     def rate(self, index: int, statements) -> Ratings:
         agreement = np.stack([self.tables[index][s] for s in statements], axis=1)
         free = np.clip(agreement + self.voice * np.array([s.startswith("I ") for s in statements]), 1, 7)
-        return Ratings(agreement, np.clip(agreement + 0.5, 1, 7), free)
+        return Ratings(agreement, np.clip(agreement + 0.5, 1, 7), free, np.clip(free + 0.5, 1, 7))
 
 
 def make_world(deliberations: int = 60, size: int = 16, seed: int = 0, lift: float = 0.5, noise: float = 0.4):

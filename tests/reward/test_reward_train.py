@@ -244,6 +244,7 @@ def test_dropout_is_off_in_training(tmp_path):
         ({"ordinal_weight": -1.0}, "ordinal_weight"),
         ({"eval_share": 1.0}, "eval_share"),
         ({"activation_checkpointing": True}, "activation_checkpointing"),
+        ({"resume_from_checkpoint": "runs/nowhere/checkpoint-1"}, "resume_from_checkpoint"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path, changes, field):
@@ -310,3 +311,23 @@ def test_main_reads_fits_and_saves(tmp_path):
     train.main(config(out, model_name_or_path=str(base), ratings=str(data), max_steps=2))
     loaded = PreferenceModel.load(out)
     assert loaded.metadata["ratings"] == 64 and loaded.metadata["eval_ratings"] == 16
+
+
+def test_data_seed_zero_is_a_seed(tmp_path):
+    def order(**keys):
+        arguments = config(tmp_path, **keys)
+        members = [_Member([1], [[2, 3]], [4])] * 40
+        start = Calibration((-3.0, -2.0, -1.0, 1.0, 2.0, 3.0))
+        return list(
+            train._PreferenceTrainer(
+                tiny.make_judge(TOKENIZER), arguments, members, start, TOKENIZER
+            )._get_train_sampler()
+        )
+
+    assert order(seed=5, data_seed=0) == order(seed=0) != order(seed=5)
+
+
+def test_a_base_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        train._load_base("runs/judge")

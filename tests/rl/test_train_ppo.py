@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,7 @@ from rl.train import PPOScriptConfig, main, train_ppo
 
 import tiny
 
+REPOSITORY = Path(__file__).parents[2]
 ROWS = [
     {"question": "Should trams be free?", "opinions": ["Yes, for all.", "No, too dear."]},
     {"question": "Ban cars?", "opinions": ["No.", "Yes, in the centre.", "On Sundays."]},
@@ -149,6 +155,29 @@ def test_ray_actors_give_the_same_training_as_this_process(tmp_path, folders, ra
         torch.testing.assert_close(a, b, msg=name)
 
 
+OWN_RAY = """
+import os, sys
+from rl.train import PPOScriptConfig, hosted_scorer
+config = PPOScriptConfig(preference_model=sys.argv[1], output_dir=sys.argv[2], reward_actors=1, use_cpu=True)
+with hosted_scorer(config) as scorer:
+    print(os.environ["RAY_AUTH_MODE"], scorer.score_sync("Why?", ["Yes."], ["No."]).utilities.shape)
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_of_its_own_asks_for_a_token_and_leaves_nothing(tmp_path, folders):
+    with tempfile.TemporaryDirectory(prefix="p", dir="/tmp") as short:  # Ray's socket names must be short
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": short, "HOME": str(tmp_path / "home")}
+        for name in ("RAY_AUTH_MODE", "RAY_ADDRESS"):
+            environment.pop(name, None)
+        words = [sys.executable, "-c", OWN_RAY, folders[1], str(tmp_path / "run")]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.strip().endswith("token (1, 1)")
+        assert list(Path(short).glob("consensus-*")) == []
+    assert not (tmp_path / "home" / ".ray").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -175,11 +204,26 @@ def test_bad_rows_are_named(tmp_path, folders):
     with pytest.raises(InputError) as error:
         ppo_prompts([ROWS[0], {"question": "Why?", "opinions": []}])
     assert error.value.field == "deliberations row 1: opinions"
+    with pytest.raises(InputError) as error:
+        ppo_prompts([ROWS[0], {"question": "Why?", "opinions": 5}])
+    assert error.value.field == "deliberations row 1: opinions"
     with pytest.raises(InputError, match="every row or in none"):
         ppo_prompts([{**ROWS[0], "weights": [1.0, 2.0]}, ROWS[1]])
     with pytest.raises(InputError) as error:
         main(settings(tmp_path, folders))
     assert error.value.field == "deliberations"
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [[1.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")], [0, 0], [1.0, "2"], [True, 1.0], 3.0, "11"],
+)
+def test_bad_weights_are_named_before_training(weights):
+    good = {**ROWS[0], "weights": [1, 0.5]}
+    assert ppo_prompts([good])[0]["weights"] == [1, 0.5]
+    with pytest.raises(InputError) as error:
+        ppo_prompts([good, {**ROWS[0], "weights": weights}], "eval_deliberations")
+    assert error.value.field == "eval_deliberations row 1: weights"
 
 
 def test_weights_reach_the_reward(tmp_path, folders):

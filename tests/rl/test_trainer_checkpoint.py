@@ -189,6 +189,20 @@ def test_evaluation_scores_held_out_prompts_with_the_same_luck_each_time(tmp_pat
     assert other["eval_reward"] != first["eval_reward"]
 
 
+def test_what_a_reward_logs_in_evaluation_is_the_mean_over_all_rows(tmp_path):
+    """Five prompts in batches of four and one: the last batch counts for one prompt."""
+
+    def reward(prompts, completions, target, log_metric, **columns):
+        values = [float(t) for t in target]
+        log_metric("seen", sum(values) / len(values))
+        return values
+
+    rows = [{**row, "target": str(i)} for i, row in enumerate(ROWS[:5])]
+    trainer = make_trainer(tmp_path, reward, eval_dataset=rows, num_generations_eval=2)
+    found = trainer.evaluate()
+    assert found["eval_seen"] == pytest.approx(2.0) == found["eval_reward"]
+
+
 def test_the_best_checkpoint_is_the_one_of_the_best_held_out_reward(tmp_path):
     """A reward that grows, then falls off: the weights at the end are those of the best evaluation."""
     state = {}

@@ -15,7 +15,7 @@ import tiny
 
 def fresh_rollout(trainer, rows=None):
     rows = rows or ROWS[:4]
-    trainer._metrics["train"].clear()
+    trainer._metrics.clear()
     rollout = trainer._rollout(rows, trainer.args.num_generations, prompt_seeds(0, 0, 0, len(rows)))
     trainer._evaluate_tokens(rollout)
     return rollout

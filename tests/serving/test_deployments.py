@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from ray import serve
 from ray.serve.exceptions import BackPressureError
 
 from deliberation.types import InputError
@@ -161,6 +162,13 @@ def test_the_curl_line_is_a_good_request():
 def test_served_answer_is_the_librarys_candidate_for_candidate_and_score_for_score(folders, ray_cluster):
     import ray
 
+    @serve.deployment(ray_actor_options={"num_cpus": 0.1})
+    class Neighbour:
+        """Another application on the same cluster."""
+
+        def __call__(self):
+            return "hello"
+
     config = configuration(folders)
     judge = LocalJudge.load(config.preference_model)
     with running_service(config) as url:
@@ -181,9 +189,9 @@ def test_served_answer_is_the_librarys_candidate_for_candidate_and_score_for_sco
         assert ask(url, "/nowhere")[0] == 404
         health = ask(url, "/healthz")[2]
         assert health["policies"] == ["default", "other"] and len(health["versions"]) == 3
-    assert ray.is_initialized()  # it was not ours to stop
-    with pytest.raises(urllib.error.URLError):
-        ask(url, "/healthz")
+        serve.run(Neighbour.bind(), name="neighbour", route_prefix="/neighbour")
+    assert ray.is_initialized() and set(serve.status().applications) == {"neighbour"}  # they were not ours to stop
+    serve.shutdown()
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ import torch
 
 from deliberation.prompts import statement_prompt
 from deliberation.types import InputError
-from reward.preference import Calibration, PreferenceModel
+from reward.preference import Calibration, PreferenceModel, fingerprint
 from serving.best_of_n import best_of_n, draw_orders
 from serving.config import Sampling
-from serving.local import LocalJudge, LocalSampler, fingerprint
+from serving.local import LocalJudge, LocalSampler
 
 from tiny import make_judge, make_policy, make_tokenizer
 
