@@ -42,7 +42,7 @@ class DemoConfig:
     seed: int = 0
     """Of citizens, samples, training and bootstrap."""
 
-    sft_groups: int = 300
+    sft_groups: int = 240
     """Groups whose citizens rate the base writer's candidates; the statements of high quality are learnt from."""
 
     candidates: int = 6
@@ -51,7 +51,7 @@ class DemoConfig:
     min_quality: float = 5.0
     """Least mean quality (1 to 7) of a statement that is learnt from (the paper's best threshold)."""
 
-    preference_groups: int = 220
+    preference_groups: int = 200
     """Groups whose ratings the preference model is fitted to, half base and half SFT candidates."""
 
     ppo_groups: int = 640
