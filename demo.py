@@ -192,8 +192,9 @@ def main(config: DemoConfig) -> None:
     _prepare()
     out, data = Path(config.output_dir), Path(config.output_dir) / "data"
     _clear(out)
-    data.mkdir(parents=True)
     log, stages = out / "train.log", Stages(7)
+    data.mkdir(parents=True)
+    log.write_text("")  # also the sign that a demo made this folder
     from serving.deployments import local_ray
 
     with local_ray():
@@ -208,10 +209,12 @@ def main(config: DemoConfig) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Remove what an earlier demo left, so that no two runs mix; anything else in the folder stays."""
+    """Remove what an earlier demo left, so that no two runs mix; a folder that no demo made is refused, not emptied."""
+    if out.exists() and any(out.iterdir()) and not (out / "train.log").is_file():
+        raise InputError("output_dir", str(out), "holds files of something else; give a new or empty folder")
     for name in ("data", "sft", "preference", "ppo"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("train.log", "comparison.json", "statements.jsonl", "report.html"):
+    for name in ("comparison.json", "statements.jsonl", "report.html"):
         (out / name).unlink(missing_ok=True)
 
 

@@ -118,7 +118,7 @@ REGISTRY = re.compile(r"(pypi\.org|pythonhosted\.org|download\.pytorch\.org)")
 
 def test_the_path_pattern_finds_paths():
     assert MACHINE_PATH.search('open("/home/anna/x")') and MACHINE_PATH.search("cd /" + "work/main")
-    assert not MACHINE_PATH.search("../shared/data, ~/work/x, schools/homes, at home/work/x")
+    assert not MACHINE_PATH.search("../shared/data, ~/opt/x, schools/homes, at home/opt/x")
 
 
 def test_no_file_names_a_machine_path_or_a_registry():

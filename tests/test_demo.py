@@ -1,0 +1,32 @@
+"""The demo's own small decisions; the whole of it is ``make demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from demo import DemoConfig, _clear
+from deliberation.types import InputError
+
+
+def test_a_folder_that_no_demo_made_is_refused_and_kept(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="output_dir"):
+        _clear(tmp_path)
+    assert (tmp_path / "data" / "mine.txt").read_text() == "mine"
+
+
+def test_an_earlier_demo_is_cleared(tmp_path: Path):
+    (tmp_path / "train.log").write_text("")
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "comparison.json").write_text("{}")
+    _clear(tmp_path)
+    assert not (tmp_path / "sft").exists() and not (tmp_path / "comparison.json").exists()
+
+
+@pytest.mark.parametrize("key, value", [("candidates", 1), ("min_quality", 8), ("questions", "nowhere.jsonl")])
+def test_bad_keys_are_refused_before_anything_starts(key, value):
+    with pytest.raises(InputError, match=key):
+        DemoConfig(**{key: value})
