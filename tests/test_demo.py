@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from demo import DemoConfig, _clear
 from deliberation.types import InputError
+from demo import DemoConfig, _clear
 
 
 def test_a_folder_that_no_demo_made_is_refused_and_kept(tmp_path: Path):
