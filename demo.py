@@ -28,8 +28,6 @@ from deliberation.questions import load_questions, read_questions
 from deliberation.types import InputError, Rating
 
 CONFIGS = Path(__file__).parent / "configs" / "embedded"
-TOP_P = 0.8
-"""Nucleus of the candidates people rate (Bakker et al. 2022)."""
 
 
 @dataclass
@@ -116,18 +114,20 @@ def draw_groups(split: str, count: int, seed: str, held_out: bool = False) -> li
 
 
 def sample_candidates(path: str, groups: Sequence[Group], n: int, seed: int, title: str) -> list[list[str]]:
-    """``n`` statements of the policy at ``path`` for every group."""
+    """``n`` statements of the policy at ``path`` for every group, sampled as they are in the comparison."""
     from tqdm import tqdm
 
     from rl.policy import load_policy, sample
 
     model, tokenizer = load_policy(path, device="cpu")
+    served = stage_config("compare")
+    keys = {"max_new_tokens": served.max_new_tokens, "temperature": served.temperature, "top_p": served.top_p}
     found: list[list[str]] = []
     for start in tqdm(range(0, len(groups), 32), desc=title, unit="batch"):
         part = groups[start : start + 32]
         prompts = [statement_prompt(g.question.text, [c.opinion for c in g.citizens]) for g in part]
         seeds = [seed * 1_000_003 + start + k for k in range(len(part))]
-        drawn = sample(model, tokenizer, prompts, n=n, seeds=seeds, top_p=TOP_P, max_new_tokens=80)
+        drawn = sample(model, tokenizer, prompts, n=n, seeds=seeds, **keys)
         found += [[clean_statement(s.text) for s in row] for row in drawn]
     return found
 

@@ -159,7 +159,8 @@ def write_statement(group: Group, rng: Random, kind: str | None = None) -> str:
 def corrupt(text: str, rng: Random) -> str:
     """Spoil a text the way a language model might: repeats, swaps, lost or foreign words, cut ends, run-ons."""
     words = text.split()
-    kind = rng.choice(("repeat_word", "repeat_sentence", "swap", "drop", "cut", "shuffle", "echo", "mash", "foreign"))
+    kinds = "repeat_word repeat_sentence swap drop cut shuffle echo mash splice foreign"
+    kind = rng.choice(kinds.split())
     k = rng.randrange(len(words))
     if kind == "repeat_word":
         words[k:k] = words[k : k + rng.choice((1, 2, 3))] * rng.choice((1, 1, 3))
@@ -182,6 +183,10 @@ def corrupt(text: str, rng: Random) -> str:
         letters = "abcdefghijklmnopqrstuvwxyz"
         for _ in range(rng.choice((1, 3, 8))):
             words[rng.randrange(len(words))] = "".join(rng.choices(letters, k=rng.randint(2, 9)))
+    elif kind == "splice":
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            j, k = rng.randrange(len(words)), rng.randrange(len(words))
+            words[k] = words[j][: rng.randint(1, 5)] + words[k][-rng.randint(1, 5) :].lower()
     else:
         other = draw_wish(rng, False).text.split()
         words[k : k + 2] = rng.sample(other, min(2, len(other)))

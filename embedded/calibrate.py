@@ -55,13 +55,13 @@ def correlations(utilities: Sequence[np.ndarray], gold: Sequence[np.ndarray]) ->
     return found
 
 
-def policy_pool(path: str, count: int, n: int, seed: int) -> list[tuple[Group, list[str]]]:
+def policy_pool(path: str, count: int, n: int, seed: int, temperature: float) -> list[tuple[Group, list[str]]]:
     """Statements a policy samples for held-out groups."""
     model, tokenizer = load_policy(path, device="cpu")
     rng, questions = Random(f"gate {seed}"), load_questions("validation")
     groups = [draw_group(rng.choice(questions), rng, held_out=True) for _ in range(count)]
     prompts = [statement_prompt(g.question.text, [c.opinion for c in g.citizens]) for g in groups]
-    drawn = sample(model, tokenizer, prompts, n=n, seeds=list(range(count)), max_new_tokens=80, top_p=0.8)
+    drawn = sample(model, tokenizer, prompts, n=n, seeds=list(range(count)), max_new_tokens=80, temperature=temperature)
     texts = [[t for s in row if (t := clean_statement(s.text))] for row in drawn]
     return [(g, t) for g, t in zip(groups, texts, strict=True) if t]
 
@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--judge", type=Path, default=Path(__file__).parent / "judge")
     parser.add_argument("--policy", nargs="+", default=["embedded/writer"], help="policies to measure the judge on")
+    parser.add_argument("--temperature", type=float, default=0.7, help="as configs/embedded/compare.yaml samples")
     parser.add_argument("--groups", type=int, default=200)
     parser.add_argument("--measure_only", action="store_true")
     args = parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> None:
     model.calibration = Calibration.fit(np.concatenate([s.ravel() for s in scores]), noisy)
     figures = {"writer text": _figures(model, [(g, t) for g, t in _written(rng, args.groups)])}
     for path in args.policy:
-        figures[path] = _figures(model, policy_pool(path, args.groups, 4, 0))
+        figures[path] = _figures(model, policy_pool(path, args.groups, 4, 0, args.temperature))
     if not args.measure_only:
         classifier.to(torch.bfloat16)
         model.metadata = {"ratings": len(noisy), "citizens": "simulated", "gate": figures}

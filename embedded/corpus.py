@@ -7,6 +7,7 @@ from functools import cache
 from random import Random
 
 from deliberation.citizens import Group, draw_group
+from deliberation.grammar import CONNECTORS, OPINION_FRAMES, STATEMENT_FRAMES
 from deliberation.lexicon import load_lexicon
 from deliberation.prompts import statement_prompt
 from deliberation.questions import invented_question, load_questions
@@ -15,11 +16,17 @@ from deliberation.writer import write_statement
 
 INVENTED_SHARE = 0.55
 """Share of documents on questions built from the lexicon, so that claims are copied and not recalled."""
-FOREIGN_SHARE = 0.7
+FOREIGN_SHARE = 0.8
 """Share of documents in which some words are replaced, wherever they stand, by words that do not exist: the claims and
 phrases of a new topic are made of words, and of pieces of words, that a model must copy without knowing them."""
-FIXED = frozenset("should would could there right better with without that this from into more less than".split())
-"""Words of the frames around a claim, never replaced."""
+STATEMENTS = 4
+"""Statements about one group in a document; none sees another (``embedded/packing.py``)."""
+FIXED = frozenset(
+    """should would could there right better with without that this from into more less than and are but for had has
+    have its may nor not one our out own she the their them they too two was were what when where which while who whom
+    will you your about after all any been being can did does each every how some such those these under over""".split()
+)
+"""Words of the frames around a claim and function words, never replaced."""
 ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p ph pl pr qu r s sc sh sl sp st str t th tr v w".split()
 VOWELS = "a e i o u a e i o u ai ea ee ou oa ie".split()
 CODAS = "b ck ct d ft g ght l ld ll lt m mp n nce nd ng nk nt p r rd rk rn rs s sh sk ss st t th x".split()
@@ -58,14 +65,26 @@ def _content_words() -> tuple[str, ...]:
     return tuple(sorted({w for t in texts for w in re.findall(r"[a-z]{5,}", t.lower())}))
 
 
+@cache
+def _fixed_words() -> frozenset[str]:
+    """Words of the frames and paraphrases, which carry the grammar."""
+    lexicon, frames = load_lexicon(), (*STATEMENT_FRAMES, *OPINION_FRAMES)
+    parts = [word for frame in frames for word in (*frame.pre, *frame.post)]
+    parts += [word for words in CONNECTORS for word in words]
+    for table in (lexicon.concerns, lexicon.measures):
+        parts += [word for phrases in table.values() for phrase in phrases for word in phrase.split()]
+    return FIXED | frozenset(parts)
+
+
 def foreign_words(texts: list[str], rng: Random, pieces: Pieces | None = None) -> dict[str, str]:
-    """A replacement for some of the nouns and claim words of ``texts``: known word -> made-up word."""
-    lexicon = load_lexicon()
-    named = set(lexicon.modifiers) | set(lexicon.heads)
+    """A replacement for some of the words of ``texts`` outside the grammar: known word -> made-up word.
+
+    Few of them in some texts, nearly all in others: a new topic's words are all unknown.
+    """
     question = set(re.findall(r"[a-z]{4,}", texts[0].lower())) - FIXED
-    present = {w for t in texts for w in re.findall(r"[a-z]+", t.lower())} & named | question
-    chosen = rng.sample(sorted(present), min(len(present), rng.randint(1, 7)))
-    return {word: made_up_word(rng, pieces) for word in chosen}
+    present = {w for t in texts for w in re.findall(r"[a-z]{3,}", t.lower())} - _fixed_words() | question
+    share = rng.choice((0.15, 0.3, 0.5, 0.8))
+    return {word: made_up_word(rng, pieces) for word in sorted(present) if rng.random() < share}
 
 
 def rename(text: str, words: dict[str, str]) -> str:
@@ -79,14 +98,16 @@ def rename(text: str, words: dict[str, str]) -> str:
     return re.sub(r"[A-Za-z]+", replacement, text) if words else text
 
 
-def writer_document(rng: Random, pieces: Pieces | None = None) -> tuple[str, str]:
-    """(prompt, completion) as the base writer reads it: a group's prompt and a mixed-quality statement."""
+def writer_document(rng: Random, pieces: Pieces | None = None) -> list[str]:
+    """[prompt, completion, ...] as the base writer reads it: a group's prompt and mixed-quality statements about it."""
     group = training_group(rng)
-    texts = [group.question.text, write_statement(group, rng), *(c.opinion for c in group.citizens)]
+    statements = [write_statement(group, rng) for _ in range(STATEMENTS)]
+    texts = [group.question.text, *(c.opinion for c in group.citizens), *statements]
     if rng.random() < FOREIGN_SHARE:
         words = foreign_words(texts, rng, pieces)
         texts = [rename(t, words) for t in texts]
-    return statement_prompt(texts[0], texts[2:]), f" {texts[1]}"
+    prompt = statement_prompt(texts[0], texts[1:-STATEMENTS])
+    return [prompt, *(f" {text}" for text in texts[-STATEMENTS:])]
 
 
 def training_group(rng: Random) -> Group:

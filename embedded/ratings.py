@@ -23,6 +23,9 @@ from embedded.tokenizer import word_pieces
 
 MEMBERS = 3
 STATEMENTS = 6
+SHOWN_ONLY_SHARE = 0.5
+"""Share of groups in which only words that the member's own prefix shows are made up. In the others a judge meets
+made-up words of other members in good statements; met always, a miscopied word would look no worse than those."""
 AUX = ("quality", "member_stance", "statement_stance", "stance_term", "met", "hurt", "form", "voice", "items")
 """What the auxiliary head learns to tell at the last token, each roughly within -1 to 1."""
 KINDS = ("", "reason", *sorted(load_lexicon().concerns), *sorted(load_lexicon().measures))
@@ -121,7 +124,7 @@ def make_row(
     words: dict[str, str],
 ) -> Row:
     """One member's packed row; ``words`` are replaced by made-up ones after all is read and rated."""
-    prefix_text = rename(preference_prefix(question.text, citizen.opinion), words)
+    prefix_text = preference_prefix(rename(question.text, words), rename(citizen.opinion, words))
     start = prefix_text.index("\nOpinion: ") + len("\nOpinion: ")
     ids, ends = labeller.encode(prefix_text, start)
     own = read(citizen.opinion, question)
@@ -129,7 +132,7 @@ def make_row(
     row = Row(ids, [], [], [], kinds, uses, [0] * len(ids), [float("nan")] * len(ids))
     for text, reading in statements:
         gold = rate(citizen, reading)
-        suffix, ends = labeller.encode(rename(preference_suffix(text), words), 1)
+        suffix, ends = labeller.encode(preference_suffix(rename(text, words)), 1)
         kinds, _ = _phrase_labels(reading.items, ends)
         wording, gains = _suffix_labels(reading, gold, ends)
         row.suffixes.append(suffix)
@@ -195,4 +198,14 @@ def rows(labeller: Labeller, rng: Random, pool: Pool) -> list[Row]:
     texts = contrasts(group, training_group(rng), [t for t in samples if t], rng)
     statements = [(t, read(t, group.question)) for t in texts]
     members = rng.sample(group.citizens, MEMBERS)
-    return [make_row(labeller, group.question, c, statements, words) for c in members]
+    shown_only = rng.random() < SHOWN_ONLY_SHARE
+    return [
+        make_row(labeller, group.question, c, statements, _shown(words, group, c) if shown_only else words)
+        for c in members
+    ]
+
+
+def _shown(words: dict[str, str], group: Group, citizen: Citizen) -> dict[str, str]:
+    """The entries of ``words`` whose known word stands in the question or the citizen's opinion."""
+    present = re.findall(r"[a-z]+", f"{group.question.text} {citizen.opinion}".lower())
+    return {old: new for old, new in words.items() if old in present}

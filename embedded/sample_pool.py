@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--groups", type=int, default=3000)
     parser.add_argument("--n", type=int, default=4)
-    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--temperature", type=float, default=0.85)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -39,7 +39,7 @@ def main() -> None:
         renamed = [[rename(t, w) for t in texts] for texts, w in zip(said, words, strict=True)]
         seeds = [args.seed * 1_000_003 + start + k for k in range(len(groups))]
         prompts = [statement_prompt(t[0], t[1:]) for t in renamed]
-        drawn = sample(model, tokenizer, prompts, n=args.n, seeds=seeds, max_new_tokens=80, top_p=args.top_p)
+        drawn = sample(model, tokenizer, prompts, n=args.n, seeds=seeds, max_new_tokens=80, temperature=args.temperature)
         for group, row, w in zip(groups, drawn, words, strict=True):
             back = {new.lower(): old for old, new in w.items()}  # what the policy copied wrongly stays foreign
             pool.append((group, [rename(clean_statement(s.text), back) for s in row], w))

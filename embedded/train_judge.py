@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from embedded.packing import pack
 from embedded.ratings import AUX, KINDS, USES, WORDING, Labeller, Pool, Row, rows
 from embedded.train_writer import give_back_memory, optimisers, schedule
 
@@ -72,33 +73,24 @@ class Batch:
 
 
 def collate(packed: list[Row], pad: int) -> Batch:
-    """Pad and stack rows; block-causal mask and position ids restart for every statement behind the prefix."""
-    length = max(len(r.prefix) + sum(map(len, r.suffixes)) for r in packed)
-    shape = (len(packed), length)
-    ids, positions = torch.full(shape, pad), torch.zeros(shape, dtype=torch.long)
-    segment = torch.full(shape, -1)
-    labels = {name: torch.zeros(shape, dtype=torch.long) for name in ("kinds", "uses", "wording")}
-    gains, last = torch.full(shape, float("nan")), []
+    """Pad and stack rows, each a member's prefix and the statements behind it."""
+    together = pack([[r.prefix, *r.suffixes] for r in packed], pad)
+    labels = {name: torch.zeros_like(together.ids) for name in ("kinds", "uses", "wording")}
+    gains, last = torch.full(together.ids.shape, float("nan")), []
     for b, row in enumerate(packed):
-        cursor = 0
-        for s, part in enumerate([row.prefix, *row.suffixes]):
-            end, first = cursor + len(part), 0 if s == 0 else len(row.prefix)
-            ids[b, cursor:end] = torch.tensor(part)
-            positions[b, cursor:end] = torch.arange(first, first + len(part))
-            segment[b, cursor:end] = s
-            cursor = end
-            if s:
-                last.append((b, end - 1))
+        cursor = len(row.prefix)
+        for suffix in row.suffixes:
+            cursor += len(suffix)
+            last.append((b, cursor - 1))
         for name, tensor in labels.items():
             tensor[b, :cursor] = torch.tensor(getattr(row, name))
         gains[b, :cursor] = torch.tensor(row.gains)
-    causal = torch.ones(length, length).tril().bool()
-    visible = causal & ((segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0))
-    visible |= torch.eye(length).bool()
-    mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))[:, None]
     agreement = torch.tensor([a for r in packed for a in r.agreement])
     aux = torch.tensor([a for r in packed for a in r.aux])
-    return Batch(ids, positions, mask, **labels, gains=gains, last=torch.tensor(last), agreement=agreement, aux=aux)
+    ends = torch.tensor(last)
+    return Batch(
+        together.ids, together.positions, together.mask, **labels, gains=gains, last=ends, agreement=agreement, aux=aux
+    )
 
 
 def losses(judge: Judge, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
@@ -127,7 +119,7 @@ def losses(judge: Judge, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     parts["wording"] = F.cross_entropy(judge.wording(wording[seen]), batch.wording[seen])
     known = ~batch.gains.isnan()
     parts["gains"] = F.mse_loss(judge.gains(final[known])[:, 0], batch.gains[known].clamp(-3, 3))
-    weights = {"rating": 4.0, "entropy": 4.0, "aux": 1.0, "kinds": 0.15, "uses": 0.15, "wording": 0.3, "gains": 0.5}
+    weights = {"rating": 4.0, "entropy": 4.0, "aux": 1.0, "kinds": 0.15, "uses": 0.15, "wording": 0.5, "gains": 0.5}
     total = sum((weights[k] * v for k, v in parts.items()), torch.zeros(()))
     return total, {k: float(v.detach()) for k, v in parts.items()} | {"correlation": correlation(score, batch)}
 
@@ -184,7 +176,7 @@ def train(judge: Judge, opts: list[torch.optim.Optimizer], queue, args, tokenize
     seen, step, started, window = 0, 0, time.time(), []
     with args.log.open("w") as log:
         while seen < args.ratings:
-            batch = collate(queue.get(), tokenizer.pad_token_id)
+            batch = collate(queue.get(timeout=300), tokenizer.pad_token_id)
             for opt in opts:
                 for group in opt.param_groups:
                     group["lr"] = args.lr * schedule(seen / args.ratings, args.lr_end)

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deliberation.prompts import OPENING
 from embedded.corpus import writer_document
+from embedded.packing import pack
 from embedded.tokenizer import train_tokenizer, word_pieces
 
 SIZE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4)
@@ -44,34 +45,50 @@ def config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: str) -> Iterator[list[tuple[list[int], int]]]:
-    """Endless batches of (token ids, where the completion starts), documents of similar length together."""
+Row = list[list[int]]
+"""Token ids: a group's prompt and several statements about it, each ended."""
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: str) -> Iterator[list[Row]]:
+    """Endless batches of rows, documents of similar length together."""
     rng, pieces = Random(seed), word_pieces(tokenizer)
     while True:
         pool = []
         for _ in range(POOL):
-            prompt, completion = (tokenizer(text).input_ids for text in writer_document(rng, pieces))
-            pool.append((prompt + completion + [tokenizer.eos_token_id], len(prompt)))
-        pool.sort(key=lambda row: len(row[0]))
-        groups: list[list[tuple[list[int], int]]] = [[]]
+            prompt, *completions = (tokenizer(text).input_ids for text in writer_document(rng, pieces))
+            pool.append([prompt, *(ids + [tokenizer.eos_token_id] for ids in completions)])
+        pool.sort(key=length_of)
+        groups: list[list[Row]] = [[]]
         for row in pool:
-            if groups[-1] and len(row[0]) * (len(groups[-1]) + 1) > TOKENS_A_STEP:
+            if groups[-1] and length_of(row) * (len(groups[-1]) + 1) > TOKENS_A_STEP:
                 groups.append([])
             groups[-1].append(row)
         rng.shuffle(groups)
         yield from groups
 
 
-def as_tensors(rows: list[tuple[list[int], int]], pad: int, opening: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids [batch, length] and labels: every completion token, a share of the prompt behind its opening."""
-    length = max(len(ids) for ids, _ in rows)
-    ids = torch.full((len(rows), length), pad)
-    labels = torch.full((len(rows), length), -100)
-    for k, (row, start) in enumerate(rows):
-        ids[k, : len(row)] = torch.tensor(row)
-        labels[k, opening : len(row)] = ids[k, opening : len(row)]
-        labels[k, opening:start][torch.rand(start - opening) > PROMPT_SHARE] = -100
-    return ids, labels
+def length_of(row: Row) -> int:
+    """Tokens of a row."""
+    return sum(map(len, row))
+
+
+def targets(rows: list[Row], opening: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is predicted from where: (row, position that predicts, token), each long [targets].
+
+    Every completion token, the first from the prompt's last position; a share of the prompt behind its opening.
+    """
+    found = []
+    for b, (prompt, *completions) in enumerate(rows):
+        cursor = len(prompt)
+        for t in range(opening, cursor):
+            if torch.rand(()) < PROMPT_SHARE:
+                found.append((b, t - 1, prompt[t]))
+        for completion in completions:
+            sources = [len(prompt) - 1, *range(cursor, cursor + len(completion) - 1)]
+            found += [(b, source, token) for source, token in zip(sources, completion, strict=True)]
+            cursor += len(completion)
+    row, source, token = torch.tensor(found).unbind(1)
+    return row, source, token
 
 
 def optimisers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
@@ -102,14 +119,15 @@ def give_back_memory() -> None:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def loss_of(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the next token in nats, over the positions that have a label."""
+def loss_of(model: torch.nn.Module, rows: list[Row], pad: int, opening: int) -> torch.Tensor:
+    """Mean cross-entropy of the predicted tokens in nats."""
+    packed, (row, source, token) = pack(rows, pad), targets(rows, opening)
     with torch.autocast("cpu", torch.bfloat16):
-        states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # right-padded: pads unseen
-        target = labels[:, 1:]
-        kept = target != -100
-        logits = torch.nn.functional.linear(states[kept], model.lm_head.weight)
-    return torch.nn.functional.cross_entropy(logits.float(), target[kept])
+        states = model.model(
+            input_ids=packed.ids, position_ids=packed.positions, attention_mask=packed.mask, use_cache=False
+        ).last_hidden_state
+        logits = torch.nn.functional.linear(states[row, source], model.lm_head.weight)
+    return torch.nn.functional.cross_entropy(logits.float(), token)
 
 
 def load(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
@@ -145,17 +163,17 @@ def main() -> None:
     worker.start()
     with args.log.open("w") as log:
         while seen < args.tokens:
-            ids, labels = as_tensors(queue.get(), tokenizer.pad_token_id, opening)
+            rows = queue.get(timeout=300)
             for opt in opts:
                 for group in opt.param_groups:
                     group["lr"] = args.lr * schedule(seen / args.tokens)
-            loss = loss_of(model, ids, labels)
+            loss = loss_of(model, rows, tokenizer.pad_token_id, opening)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for opt in opts:
                 opt.step()
                 opt.zero_grad()
-            seen += int((ids != tokenizer.pad_token_id).sum())
+            seen += sum(map(length_of, rows))
             steps += 1
             if steps % 25 == 0:
                 give_back_memory()

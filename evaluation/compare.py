@@ -12,25 +12,28 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers.utils import logging
 
 from deliberation.prompts import clean_statement, statement_prompt
 from deliberation.questions import load_questions, read_questions
 from deliberation.types import Deliberation, InputError
 from embedded import resolve
-from evaluation import measures
 from evaluation.comparison import compare
 from evaluation.gold import CitizenGold, held_out_groups, noisy_ratings
 from evaluation.judging import Sampled
+from evaluation.measures import correlation as correlation_of
 from evaluation.report import print_table, write_report
-from reward import train as preference_training
+from reward.measures import accuracies
 from reward.preference import PreferenceModel, fingerprint
 from reward.scoring import score
 from reward.welfare import parse_alpha
@@ -39,6 +42,8 @@ from rl.policy import Sample, load_policy, sample, sequence_logprobs
 
 __all__ = ["CompareConfig", "Policies", "compare", "gather", "main", "read_history", "write_comparison"]
 
+PART = 10
+"""Deliberations sampled and scored at a time: small, so that the progress can be seen and processes end together."""
 RATED = 6
 """Statements of a pool each citizen rates for the preference model's figures, as in Bakker et al. 2022."""
 
@@ -75,6 +80,8 @@ class CompareConfig:
     """Nucleus of the candidates, as served (Bakker et al. 2022). The KL is measured on pure samples."""
     batch_size: int = 64
     """Samples in flight at once."""
+    workers: int = 1
+    """Processes that sample and score; more than one pay off on a CPU."""
     kl_deliberations: int = 50
     """Deliberations on which the KL to the SFT policy is measured."""
     kl_samples: int = 4
@@ -85,7 +92,7 @@ class CompareConfig:
     """Of citizens, samples and bootstrap."""
 
     def __post_init__(self) -> None:
-        for name in ("num_candidates", "num_deliberations", "batch_size", "max_new_tokens", "kl_samples"):
+        for name in ("num_candidates", "num_deliberations", "batch_size", "max_new_tokens", "kl_samples", "workers"):
             if getattr(self, name) < 1:
                 raise InputError(name, getattr(self, name), "must be at least 1")
         if self.kl_deliberations < 0:
@@ -107,6 +114,20 @@ class Policies:
     ppo: tuple[Any, Any]
 
 
+Models = tuple[Policies, PreferenceModel]
+
+
+def load_models(config: CompareConfig) -> Models:
+    """The three policies and the preference model that ``config`` names.
+
+    Raises:
+        InputError: naming the one that cannot be loaded.
+    """
+    names = (config.base_model, config.sft_model, config.ppo_model)
+    policies = Policies(*(load_policy(name, device=config.device) for name in names))
+    return policies, PreferenceModel.load(resolve(config.preference_model), device=config.device)
+
+
 class Stopwatch:
     """Wall time by stage, in ``seconds``."""
 
@@ -125,35 +146,68 @@ def gather(
     deliberations: Sequence[Deliberation],
     policies: Policies,
     preference_model: PreferenceModel,
-    watch: Stopwatch,
+    first: int = 0,
 ) -> list[Sampled]:
     """Sample and score every arm on every deliberation.
 
     Each deliberation has its own seed, so that its statements depend neither on the others nor on the batch.
+
+    Args:
+        first: place of ``deliberations[0]`` among all compared ones; it seeds the samples.
     """
     prompts = [statement_prompt(d.question, d.opinions) for d in deliberations]
     # 1. Sample: one statement of the base, a pool of each policy.
-    with watch("compare: sampling"):
-        base = _sample(config, policies.base, prompts, 1, "base")
-        sft = _sample(config, policies.sft, prompts, config.num_candidates, "sft")
-        ppo = _sample(config, policies.ppo, prompts, config.num_candidates, "ppo")
+    base = _sample(config, policies.base, prompts, 1, "base", first)
+    sft = _sample(config, policies.sft, prompts, config.num_candidates, "sft", first)
+    ppo = _sample(config, policies.ppo, prompts, config.num_candidates, "ppo", first)
     # 2. Distance of the PPO and base samples from the SFT policy, on the first deliberations.
-    with watch("compare: KL"):
-        measured = slice(0, config.kl_deliberations)
-        ppo_ratios = _log_ratios(config, policies.ppo, policies.sft, prompts[measured], "ppo")
-        base_ratios = _log_ratios(config, policies.base, policies.sft, prompts[measured], "base")
+    measured = prompts[: max(0, config.kl_deliberations - first)]
+    ppo_ratios = _log_ratios(config, policies.ppo, policies.sft, measured, "ppo", first)
+    base_ratios = _log_ratios(config, policies.base, policies.sft, measured, "base", first)
     # 3. Predicted agreement of every member with every candidate.
     sampled = []
-    with watch("compare: scoring"):
-        for i, d in enumerate(tqdm(deliberations, desc="score", unit="deliberation")):
-            pools = [tuple(clean_statement(s.text) for s in pool[i]) for pool in (sft, ppo)]
-            utilities = [_utilities(preference_model, d, pool) for pool in pools]
-            sampled.append(Sampled(
-                d, clean_statement(base[i][0].text), pools[0], pools[1], utilities[0], utilities[1],
-                ppo_ratios[i] if i < len(ppo_ratios) else None,
-                base_ratios[i] if i < len(base_ratios) else None,
-            ))  # fmt: skip
+    for i, d in enumerate(deliberations):
+        pools = [tuple(clean_statement(s.text) for s in pool[i]) for pool in (sft, ppo)]
+        utilities = [_utilities(preference_model, d, pool) for pool in pools]
+        sampled.append(Sampled(
+            d, clean_statement(base[i][0].text), pools[0], pools[1], utilities[0], utilities[1],
+            ppo_ratios[i] if i < len(ppo_ratios) else None,
+            base_ratios[i] if i < len(base_ratios) else None,
+        ))  # fmt: skip
     return sampled
+
+
+def gather_all(config: CompareConfig, deliberations: Sequence[Deliberation], models: Models) -> list[Sampled]:
+    """``gather`` a few deliberations at a time, in ``config.workers`` processes; their number changes no result."""
+    parts = [(start, deliberations[start : start + PART]) for start in range(0, len(deliberations), PART)]
+    with ExitStack() as stack:
+        found: Iterator[list[Sampled]]
+        if config.workers == 1:
+            found = (gather(config, part, *models, first=start) for start, part in parts)
+        else:
+            # spawn: a forked copy of a process that has run torch or Ray may hang
+            pool = stack.enter_context(
+                ProcessPoolExecutor(config.workers, get_context("spawn"), _start_worker, (config,))
+            )
+            found = pool.map(_gather_part, parts)
+        bar = tqdm(found, desc="sample and score", total=len(parts), unit=f"{PART} deliberations")
+        return [one for part in bar for one in part]
+
+
+_worker: tuple[CompareConfig, Models]
+
+
+def _start_worker(config: CompareConfig) -> None:
+    """Load the models once a process; two threads on a busy pair of cores only wait for each other."""
+    global _worker
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    _worker = config, load_models(config)
+
+
+def _gather_part(part: tuple[int, Sequence[Deliberation]]) -> list[Sampled]:
+    config, models = _worker
+    return gather(config, part[1], *models, first=part[0])
 
 
 def _utilities(preference_model: PreferenceModel, d: Deliberation, pool: Sequence[str]) -> np.ndarray:
@@ -167,24 +221,25 @@ def _utilities(preference_model: PreferenceModel, d: Deliberation, pool: Sequenc
 
 
 def _sample(
-    config: CompareConfig, policy: tuple[Any, Any], prompts: list[str], n: int, name: str, top_p: float | None = None
+    config: CompareConfig,
+    policy: tuple[Any, Any],
+    prompts: list[str],
+    n: int,
+    name: str,
+    first: int,
+    top_p: float | None = None,
 ) -> list[list[Sample]]:
-    """``n`` samples of every prompt, a few prompts at a time so that the progress can be seen."""
-    found: list[list[Sample]] = []
-    step = max(1, 4 * config.batch_size // n)
-    for start in tqdm(range(0, len(prompts), step), desc=f"sample {name}", unit="batch"):
-        part = prompts[start : start + step]
-        found += sample(
-            *policy,
-            part,
-            n=n,
-            seeds=[_seed(config.seed, name, start + k) for k in range(len(part))],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p if top_p is None else top_p,
-            batch_size=config.batch_size,
-        )
-    return found
+    """``n`` samples of every prompt."""
+    return sample(
+        *policy,
+        prompts,
+        n=n,
+        seeds=[_seed(config.seed, name, first + k) for k in range(len(prompts))],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p if top_p is None else top_p,
+        batch_size=config.batch_size,
+    )
 
 
 def _seed(seed: int, name: str, index: int) -> int:
@@ -194,12 +249,17 @@ def _seed(seed: int, name: str, index: int) -> int:
 
 @torch.no_grad()
 def _log_ratios(
-    config: CompareConfig, policy: tuple[Any, Any], reference: tuple[Any, Any], prompts: list[str], name: str
+    config: CompareConfig,
+    policy: tuple[Any, Any],
+    reference: tuple[Any, Any],
+    prompts: list[str],
+    name: str,
+    first: int,
 ) -> list[np.ndarray]:
     """log pi - log pi_reference of ``kl_samples`` pure samples a prompt, summed over tokens, at the temperature."""
-    samples = _sample(config, policy, prompts, config.kl_samples, f"{name} for the KL", top_p=1.0)
+    samples = _sample(config, policy, prompts, config.kl_samples, f"{name} for the KL", first, top_p=1.0)
     ratios = []
-    for prompt, pool in zip(tqdm(prompts, desc=f"KL of {name}", unit="deliberation"), samples, strict=True):
+    for prompt, pool in zip(prompts, samples, strict=True):
         ids = [list(policy[1](prompt).input_ids)] * len(pool)
         if ids[0] != list(reference[1](prompt).input_ids):
             raise InputError("sft_model", f"another tokenizer than {name}'s", "compare policies that share a tokenizer")
@@ -232,17 +292,16 @@ def main(config: CompareConfig, earlier: Mapping[str, float] | None = None) -> d
     questions = read_questions(config.questions) if config.questions else load_questions("test")
     watch = Stopwatch()
     # 1. Load everything first: a wrong path must not cost an hour of sampling.
-    names = (config.base_model, config.sft_model, config.ppo_model)
-    policies = Policies(*(load_policy(name, device=config.device) for name in names))
-    preference_model = PreferenceModel.load(resolve(config.preference_model), device=config.device)
+    policies, preference_model = load_models(config)
     models = {"base": policies.base[0], "sft": policies.sft[0], "ppo": policies.ppo[0]}
     versions = {name: fingerprint(m) for name, m in {**models, "preference": preference_model.model}.items()}
     groups = held_out_groups(questions, config.num_deliberations, config.seed)
     deliberations = [group.deliberation(f"held-out-{i}") for i, group in enumerate(groups)]
     # 2. Sample and score; 3. measure the preference model; 4. judge.
-    sampled = gather(config, deliberations, policies, preference_model, watch)
+    with watch("compare: sampling and scoring"):
+        sampled = gather_all(config, deliberations, (policies, preference_model))
     with watch("compare: preference model"):
-        preference = _preference(preference_model, sampled, groups, config.seed)
+        preference = _preference(sampled, groups, config.seed)
     with watch("compare: judging"):
         result = compare(
             sampled, CitizenGold(groups), welfare=config.welfare, preference=preference, seed=config.seed,
@@ -256,21 +315,23 @@ def main(config: CompareConfig, earlier: Mapping[str, float] | None = None) -> d
     return result
 
 
-def _preference(
-    preference_model: PreferenceModel, sampled: Sequence[Sampled], groups: Sequence[Any], seed: int
-) -> dict[str, float | None]:
+def _preference(sampled: Sequence[Sampled], groups: Sequence[Any], seed: int) -> dict[str, float | None]:
     """Accuracy, ceiling and baselines on noisy ratings of the policies' samples; correlation with noise-free gold."""
     gold = CitizenGold(groups)
-    ratings, second, utilities, truth = [], [], [], []
+    ratings, second, scores, utilities, truth = [], [], [], [], []
     for i, (one, group) in enumerate(zip(sampled, groups, strict=True)):
-        name, statements = one.deliberation.id, [*one.sft[: RATED // 2], *one.ppo[: RATED // 2]]
-        ratings += noisy_ratings(group, name, statements, f"first {seed} {i}")
+        name, half = one.deliberation.id, RATED // 2
+        statements = [*one.sft[:half], *one.ppo[:half]]
+        predicted = np.concatenate([one.sft_utilities[:, :half], one.ppo_utilities[:, :half]], axis=1)
+        known = dict(zip(statements, predicted.T, strict=True))  # statement -> utility of each member
+        first = noisy_ratings(group, name, statements, f"first {seed} {i}")
+        ratings += first
         second += noisy_ratings(group, name, statements, f"second {seed} {i}")
+        scores += [known[r.statement][r.member] for r in first]
         utilities.append(np.ravel(np.concatenate([one.sft_utilities, one.ppo_utilities], axis=1)))
         truth.append(np.ravel(gold.rate(i, [*one.sft, *one.ppo]).agreement))
-    figures = dict(preference_training.measures(preference_model, ratings, second))
-    correlation = measures.correlation(np.concatenate(utilities), np.concatenate(truth))
-    return {**figures, "correlation": correlation}
+    correlation = correlation_of(np.concatenate(utilities), np.concatenate(truth))
+    return {**accuracies(scores, ratings, second), "correlation": correlation}
 
 
 def read_history(path: str | None) -> list[dict[str, Any]]:

@@ -36,24 +36,29 @@ def measures(
     Raises:
         InputError: if ``second_ratings`` or ``gold`` do not match ``ratings`` row by row.
     """
-    seen = np.array([r.agreement for r in ratings], dtype=np.float64)
+    seen = _agreement(ratings)
     raw = score_ratings(preference_model, ratings) if scores is None else scores
     target = seen if gold is None else np.asarray(gold, dtype=np.float64)
     if target.shape != seen.shape:
         raise InputError("gold", target.shape, f"give one utility a rating ({len(ratings)})")
-    groups = list(rows_of_members(ratings).values())
-    accuracy, pairs = pairwise_accuracy(raw, seen, groups)
+    correlation = _correlation(preference_model.calibration.utilities(raw), target)
+    return {**accuracies(raw, ratings, second_ratings), "correlation": correlation}
+
+
+def accuracies(
+    scores: ArrayLike, ratings: Sequence[Rating], second_ratings: Sequence[Rating] | None = None
+) -> dict[str, float | None]:
+    """The pairwise part of ``measures`` for scores (or utilities: the order matters alone), one a rating."""
+    seen, groups = _agreement(ratings), list(rows_of_members(ratings).values())
+    accuracy, pairs = pairwise_accuracy(scores, seen, groups)
     ceiling = None if second_ratings is None else pairwise_accuracy(_second(ratings, second_ratings), seen, groups)[0]
     longest, _ = pairwise_accuracy(np.array([len(r.statement) for r in ratings]), seen, groups)
     overlap, _ = pairwise_accuracy(np.array([word_overlap(r.opinion, r.statement) for r in ratings]), seen, groups)
-    return {
-        "accuracy": accuracy,
-        "ceiling": ceiling,
-        "longest": longest,
-        "overlap": overlap,
-        "pairs": pairs,
-        "correlation": _correlation(preference_model.calibration.utilities(raw), target),
-    }
+    return {"accuracy": accuracy, "ceiling": ceiling, "longest": longest, "overlap": overlap, "pairs": pairs}
+
+
+def _agreement(ratings: Sequence[Rating]) -> NDArray[np.float64]:
+    return np.array([r.agreement for r in ratings], dtype=np.float64)
 
 
 def rows_of_members(ratings: Sequence[Rating]) -> dict[tuple[str, int], list[int]]:

@@ -30,3 +30,12 @@ def test_an_earlier_demo_is_cleared(tmp_path: Path):
 def test_bad_keys_are_refused_before_anything_starts(key, value):
     with pytest.raises(InputError, match=key):
         DemoConfig(**{key: value})
+
+
+def test_a_policy_is_trained_rated_compared_and_served_at_one_temperature():
+    from demo import stage_config
+
+    ppo, compare, serve = (stage_config(stage) for stage in ("ppo", "compare", "serve"))
+    assert ppo.temperature == compare.temperature == serve.temperature
+    assert compare.top_p == serve.top_p == 1.0  # PPO's rollouts are pure samples
+    assert ppo.max_completion_length == compare.max_new_tokens == serve.max_new_tokens

@@ -7,13 +7,14 @@ from random import Random
 import pytest
 import torch
 
+from deliberation.citizens import draw_group
 from deliberation.lexicon import HELD_OUT_EVERY, load_lexicon
 from deliberation.questions import load_questions
 from embedded import resolve
 from embedded.corpus import foreign_words, rename, writer_document
-from embedded.ratings import AUX, KINDS, MEMBERS, STATEMENTS, WORDING, Labeller, rows
+from embedded.ratings import AUX, KINDS, MEMBERS, STATEMENTS, WORDING, Labeller, _shown, rows
 from embedded.train_judge import Judge, collate, losses
-from embedded.train_writer import as_tensors, optimisers, schedule
+from embedded.train_writer import loss_of, optimisers, schedule, targets
 
 
 def test_training_documents_hold_no_held_out_topic_or_word():
@@ -91,13 +92,38 @@ def test_a_few_judge_steps_lower_the_loss(packed):
     assert steps[-1] < 0.8 * steps[0]
 
 
-def test_writer_batches_predict_the_whole_completion_and_no_padding():
-    rows_ = [(list(range(10, 30)), 12), (list(range(10, 24)), 9)]
+def test_writer_targets_are_every_completion_token_each_predicted_from_its_own_past():
+    prompt, first, second = list(range(10, 22)), [30, 31, 1], [40, 41, 42, 1]
     torch.manual_seed(0)
-    ids, labels = as_tensors(rows_, 0, 4)
-    assert ids.shape == (2, 20) and (ids[1, 14:] == 0).all() and (labels[1, 14:] == -100).all()
-    assert (labels[:, :4] == -100).all() and (labels[0, 12:] == ids[0, 12:]).all()
-    assert (labels[1, 9:14] == ids[1, 9:14]).all()
+    row, source, token = targets([[prompt, first, second]], opening=4)
+    found = [(int(s), int(t)) for s, t in zip(source, token, strict=True)]
+    # both statements start from the prompt's last token (11), the second not from the first's end
+    statements = [(11, 30), (12, 31), (13, 1), (11, 40), (15, 41), (16, 42), (17, 1)]
+    assert found[-7:] == statements and not row.any()
+    assert all(s >= 3 and prompt[s + 1] == t for s, t in found[:-7])  # a share of the prompt behind the opening
+    assert len(found) < 7 + len(prompt) - 4
+
+
+def test_packed_statements_read_as_if_each_stood_alone_behind_the_prompt():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(
+        LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                    tie_word_embeddings=True), attn_implementation="eager").eval()  # fmt: skip
+    rows_ = [[[5, 6, 7, 8], [9, 10, 1], [11, 12, 13, 1]], [[14, 15, 16], [17, 1], [18, 19, 1]]]
+    alone = [[[prompt, s]] for prompt, *statements in rows_ for s in statements]
+    with torch.no_grad():
+        together = loss_of(model, rows_, 0, opening=10)
+        losses_ = [loss_of(model, row, 0, opening=10) * len(row[0][1]) for row in alone]
+    assert float(together) == pytest.approx(float(sum(losses_)) / 12, rel=0.01)  # bfloat16 autocast
+
+
+def test_only_words_that_a_member_was_shown_are_made_up():
+    group = draw_group(load_questions("train")[0], Random(0))
+    question = group.question.text.lower().strip("?").split()
+    words = dict.fromkeys([*question, "zebra"], "blork")
+    assert set(_shown(words, group, group.citizens[0])) == set(question)
 
 
 def test_schedule_warms_up_and_decays():

@@ -13,7 +13,7 @@ from deliberation.prompts import clean_statement, statement_prompt
 from deliberation.questions import invented_question
 from deliberation.types import InputError
 from evaluation import compare as driver
-from evaluation.compare import CompareConfig, Policies, Stopwatch, gather
+from evaluation.compare import CompareConfig, Policies, gather, gather_all
 from evaluation.gold import held_out_groups
 from reward.preference import Calibration, PreferenceModel
 from reward.scoring import score
@@ -40,14 +40,13 @@ def config(**keys) -> CompareConfig:
 
 @pytest.fixture(scope="module")
 def gathered(parts):
-    watch = Stopwatch()
     policies, judge, deliberations, _ = parts
-    return gather(config(), deliberations, policies, judge, watch), watch
+    return gather(config(), deliberations, policies, judge)
 
 
 def test_utilities_are_those_of_the_scoring_path(parts, gathered):
     _, judge, deliberations, _ = parts
-    for one, d in zip(gathered[0], deliberations, strict=True):
+    for one, d in zip(gathered, deliberations, strict=True):
         spoken = [k for k, text in enumerate(one.ppo) if text]
         expected = score(judge, d.question, d.opinions, [one.ppo[k] for k in spoken]).utilities
         np.testing.assert_allclose(one.ppo_utilities[:, spoken], expected, atol=1e-5)
@@ -72,7 +71,7 @@ def test_log_ratios_are_policy_minus_reference(parts, gathered):
         for k, one in enumerate(pool):
             row = ([tokenizer(prompt).input_ids], [one.ids])
             (ours,), (theirs,) = sequence_logprobs(model, *row), sequence_logprobs(policies.sft[0], *row)
-            assert gathered[0][1].ppo_log_ratios[k] == pytest.approx(float((ours - theirs).sum()), abs=1e-4)
+            assert gathered[1].ppo_log_ratios[k] == pytest.approx(float((ours - theirs).sum()), abs=1e-4)
 
 
 def test_candidates_are_sampled_as_they_are_served(parts, gathered):
@@ -81,22 +80,31 @@ def test_candidates_are_sampled_as_they_are_served(parts, gathered):
     prompt, (model, tokenizer) = statement_prompt(d.question, d.opinions), policies.ppo
     keys = {"n": 3, "seeds": [driver._seed(0, "ppo", 1)], "max_new_tokens": 6}
     (served,) = sample(model, tokenizer, [prompt], top_p=0.8, **keys)
-    assert tuple(clean_statement(s.text) for s in served) == gathered[0][1].ppo  # alone as in the batch
+    assert tuple(clean_statement(s.text) for s in served) == gathered[1].ppo  # alone as in the batch
 
 
 def test_kl_of_the_sft_policy_to_itself_is_zero(parts):
     policies, judge, deliberations, _ = parts
     same = Policies(policies.sft, policies.sft, policies.sft)
-    for one in gather(config(), deliberations[:1], same, judge, Stopwatch()):
+    for one in gather(config(), deliberations[:1], same, judge):
         np.testing.assert_array_equal(one.ppo_log_ratios, np.zeros(4))
         assert one.ppo != one.sft  # the same policy, but its own random numbers
 
 
 def test_kl_is_measured_on_the_first_deliberations_only(gathered):
-    sampled, watch = gathered
-    assert [one.ppo_log_ratios is None for one in sampled] == [False, False, True]
-    assert set(watch.seconds) == {"compare: sampling", "compare: KL", "compare: scoring"}
-    assert all(s > 0 for s in watch.seconds.values())
+    assert [one.ppo_log_ratios is None for one in gathered] == [False, False, True]
+
+
+def test_parts_and_processes_change_no_result(parts, gathered, folders, monkeypatch):
+    policies, judge, deliberations, _ = parts
+    monkeypatch.setattr(driver, "PART", 2)
+    models = driver.load_models(config(**paths(folders)))
+    for workers in (1, 2):
+        found = gather_all(config(**paths(folders), workers=workers), deliberations, models)
+        for one, expected in zip(found, gathered, strict=True):
+            assert (one.base, one.sft, one.ppo) == (expected.base, expected.sft, expected.ppo)
+            np.testing.assert_allclose(one.ppo_utilities, expected.ppo_utilities, atol=1e-5)
+            assert (one.ppo_log_ratios is None) == (expected.ppo_log_ratios is None)
 
 
 def test_written_files_hold_the_whole_comparison(tmp_path):
