@@ -39,7 +39,8 @@ def main() -> None:
         renamed = [[rename(t, w) for t in texts] for texts, w in zip(said, words, strict=True)]
         seeds = [args.seed * 1_000_003 + start + k for k in range(len(groups))]
         prompts = [statement_prompt(t[0], t[1:]) for t in renamed]
-        drawn = sample(model, tokenizer, prompts, n=args.n, seeds=seeds, max_new_tokens=80, temperature=args.temperature)
+        keys = {"max_new_tokens": 80, "temperature": args.temperature}
+        drawn = sample(model, tokenizer, prompts, n=args.n, seeds=seeds, **keys)
         for group, row, w in zip(groups, drawn, words, strict=True):
             back = {new.lower(): old for old, new in w.items()}  # what the policy copied wrongly stays foreign
             pool.append((group, [rename(clean_statement(s.text), back) for s in row], w))

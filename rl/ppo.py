@@ -65,6 +65,20 @@ def shape_scores(scores: Tensor, finished: Tensor, *, missing_eos_penalty: float
     return clipped - missing_eos_penalty * (~finished).to(scores.dtype)
 
 
+def leave_one_out(scores: Tensor, scored: Tensor, num_generations: int) -> Tensor:
+    """Each score ``[B]`` less the mean score of the other completions of its prompt.
+
+    Rows are grouped by prompt, ``num_generations`` in a row; ``scored`` is bool ``[B]``. A row that is not scored, or
+    has no other scored one beside it, gets 0: nothing is known about it. The baseline does not depend on the row's own
+    completion, so the policy gradient stays unbiased (Kool et al. 2019; RLOO, https://arxiv.org/abs/2402.14740).
+    """
+    known = _kept(scores, scored).view(-1, num_generations)
+    counted = scored.view(-1, num_generations)
+    others = counted.sum(1, keepdim=True) - 1
+    mean = (known.sum(1, keepdim=True) - known) / others.clamp(min=1)
+    return torch.where(counted & (others > 0), known - mean, 0.0).view(-1)
+
+
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
     """Rewards ``[B, T]``: ``-beta * k1`` at every action token, plus ``scores`` at the last action token of a row."""
     k1 = kl_estimators(_kept(logprobs, mask), _kept(ref_logprobs, mask))[0]

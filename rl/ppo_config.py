@@ -104,6 +104,10 @@ class PPOConfig(TrainingArguments):
     vf_coef: float = 0.1
     """Weight of the value loss. >= 0 (N+ details: 0.1)."""
 
+    leave_one_out_baseline: bool = False
+    """Take the mean score of a prompt's other completions off each score before the advantages, so that the value
+    model need not learn how hard a prompt is. Needs ``num_generations`` of 2 or more. Metrics show the raw scores."""
+
     whiten_advantages: bool = True
     """Advantages of all action tokens of an update to mean 0, variance 1, over all processes."""
 
@@ -152,6 +156,8 @@ class PPOConfig(TrainingArguments):
                 raise InputError(name, getattr(self, name), "must not be negative")
         if not (self.gamma <= 1 and 0 <= self.lam <= 1):
             raise InputError("gamma, lam", (self.gamma, self.lam), "must be at most 1")
+        if self.leave_one_out_baseline and self.num_generations < 2:
+            raise InputError("num_generations", self.num_generations, "leave_one_out_baseline needs at least 2")
         rows, parts = self.num_prompts * self.num_generations, self.num_mini_batches * self.world_size
         if self.num_prompts % self.world_size or rows % parts:
             raise InputError(

@@ -244,9 +244,9 @@ class PPOTrainer(RecordingTrainer):
             return completion_logprobs(policy, hidden_states(policy, inputs), inputs.targets, self.args.temperature)[0]
 
     def _shift_values(self, rollout: Rollout) -> None:
-        """Move the head's bias, and the rollout's values, so that the mean value is the mean score."""
+        """Move the head's bias, and the rollout's values, so that the mean value is the mean of what it predicts."""
         sums = [
-            rollout.scores[rollout.scored].sum(),
+            self._centred(rollout)[rollout.scored].sum(),
             rollout.scored.sum(),
             rollout.values[rollout.mask].sum(),
             rollout.mask.sum(),
@@ -257,9 +257,15 @@ class PPOTrainer(RecordingTrainer):
             self.model.value_head.bias += shift
         rollout.values = torch.where(rollout.mask, rollout.values + shift, rollout.values)
 
+    def _centred(self, rollout: Rollout) -> Tensor:
+        """The scores ``[B]`` that are learnt from: less the prompt's baseline, if there is one."""
+        if not self.args.leave_one_out_baseline:
+            return rollout.scores
+        return ppo.leave_one_out(rollout.scores, rollout.scored, self.args.num_generations)
+
     def _compute_advantages(self, rollout: Rollout) -> None:
         rollout.token_rewards = ppo.token_rewards(
-            rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, rollout.mask, self.args.beta
+            self._centred(rollout), rollout.old_logprobs, rollout.ref_logprobs, rollout.mask, self.args.beta
         )
         rollout.advantages, rollout.returns = ppo.gae(
             rollout.token_rewards, rollout.values, rollout.mask, self.args.gamma, self.args.lam

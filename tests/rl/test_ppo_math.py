@@ -31,6 +31,21 @@ def loop_gae(rewards, values, gamma, lam):
 
 
 @settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 5), lift=st.floats(-50, 50))
+def test_leave_one_out_is_the_score_less_the_mean_of_the_others(seed, n, lift):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3 * n, generator=generator, dtype=torch.float64)
+    scored = torch.rand(3 * n, generator=generator) < 0.7
+    got = ppo.leave_one_out(scores.masked_fill(~scored, NAN), scored, n)
+    for row in range(3 * n):
+        first = row // n * n
+        others = [float(scores[k]) for k in range(first, first + n) if k != row and scored[k]]
+        known = bool(scored[row]) and others
+        assert got[row].item() == pytest.approx(float(scores[row]) - sum(others) / len(others) if known else 0.0)
+    assert torch.allclose(ppo.leave_one_out(scores + lift, scored, n), got)  # an easier prompt changes nothing
+
+
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), gamma=st.floats(0.0, 1.0), lam=st.floats(0.0, 1.0), width=st.integers(1, 9))
 def test_gae_equals_the_loop_and_reads_no_masked_position(seed, gamma, lam, width):
     mask = random_mask(3, width, seed)

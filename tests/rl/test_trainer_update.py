@@ -96,6 +96,22 @@ def test_zero_reward_variance_gives_no_policy_gradient(tmp_path):
     assert max((after[n] - before[n]).abs().max() for n in before) < 1e-6
 
 
+def per_prompt(prompts, completions, **columns):
+    """Prompts differ in how easy they are; completions of one prompt are all alike."""
+    return [float(len(p)) for p in prompts]
+
+
+@pytest.mark.parametrize("leave_one_out", [True, False])
+def test_how_easy_a_prompt_is_teaches_nothing_with_the_leave_one_out_baseline(leave_one_out, tmp_path):
+    settings = dict(reward=per_prompt, missing_eos_penalty=0.0, reward_clip=None, max_steps=2)
+    trainer = make_trainer(tmp_path, leave_one_out_baseline=leave_one_out, **settings)
+    before = weights(trainer.model.policy)
+    trainer.train()
+    after = dict(trainer.model.policy.named_parameters())
+    moved = float(max((after[n] - before[n]).abs().max() for n in before))
+    assert moved < 1e-6 if leave_one_out else moved > 1e-5
+
+
 def test_every_trainable_parameter_moves_and_the_reference_does_not(tmp_path):
     trainer = make_trainer(tmp_path)
     before, reference = weights(trainer.model), weights(trainer.ref_model)
@@ -246,6 +262,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         dict(gradient_accumulation_steps=2),
         dict(remove_unused_columns=True),
         dict(missing_eos_penalty=-1.0),
+        dict(leave_one_out_baseline=True, num_generations=1),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, tmp_path):
