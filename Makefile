@@ -85,7 +85,7 @@ bench: $(STAMP)
 	@shopt -s nullglob; for script in benchmarks/[a-z]*.py; do name=$$(basename $$script .py); \
 	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name --json; done
 
-# One thread each; about an hour for the writer and another for the judge.
+# One thread each; two to three hours for the writer and two for the judge.
 embedded-models: $(STAMP)
 	@mkdir -p runs/embedded-models
 	@$(BIN)/python -m embedded.train_writer --output_dir runs/embedded-models/writer \

@@ -19,6 +19,8 @@ INVENTED_SHARE = 0.55
 FOREIGN_SHARE = 0.8
 """Share of documents in which some words are replaced, wherever they stand, by words that do not exist: the claims and
 phrases of a new topic are made of words, and of pieces of words, that a model must copy without knowing them."""
+OPEN_SHARE = 0.4
+"""Share of those documents in which the words of paraphrases are replaced too."""
 STATEMENTS = 4
 """Statements about one group in a document; none sees another (``embedded/packing.py``)."""
 FIXED = frozenset(
@@ -66,23 +68,26 @@ def _content_words() -> tuple[str, ...]:
 
 
 @cache
-def _fixed_words() -> frozenset[str]:
-    """Words of the frames and paraphrases, which carry the grammar."""
+def _fixed_words(paraphrases: bool) -> frozenset[str]:
+    """Words of the frames, which carry the grammar, and, unless they are open too, of the lexicon's paraphrases."""
     lexicon, frames = load_lexicon(), (*STATEMENT_FRAMES, *OPINION_FRAMES)
     parts = [word for frame in frames for word in (*frame.pre, *frame.post)]
     parts += [word for words in CONNECTORS for word in words]
-    for table in (lexicon.concerns, lexicon.measures):
+    for table in () if paraphrases else (lexicon.concerns, lexicon.measures):
         parts += [word for phrases in table.values() for phrase in phrases for word in phrase.split()]
     return FIXED | frozenset(parts)
 
 
-def foreign_words(texts: list[str], rng: Random, pieces: Pieces | None = None) -> dict[str, str]:
+def foreign_words(
+    texts: list[str], rng: Random, pieces: Pieces | None = None, paraphrases: bool = False
+) -> dict[str, str]:
     """A replacement for some of the words of ``texts`` outside the grammar: known word -> made-up word.
 
-    Few of them in some texts, nearly all in others: a new topic's words are all unknown.
+    Few of them in some texts, nearly all in others: a new topic's words are all unknown. With ``paraphrases`` the words
+    of the lexicon's phrases around a noun are replaced too, as a person's own way to put a concern is unknown.
     """
     question = set(re.findall(r"[a-z]{4,}", texts[0].lower())) - FIXED
-    present = {w for t in texts for w in re.findall(r"[a-z]{3,}", t.lower())} - _fixed_words() | question
+    present = {w for t in texts for w in re.findall(r"[a-z]{3,}", t.lower())} - _fixed_words(paraphrases) | question
     share = rng.choice((0.15, 0.3, 0.5, 0.8))
     return {word: made_up_word(rng, pieces) for word in sorted(present) if rng.random() < share}
 
@@ -104,7 +109,8 @@ def writer_document(rng: Random, pieces: Pieces | None = None) -> list[str]:
     statements = [write_statement(group, rng) for _ in range(STATEMENTS)]
     texts = [group.question.text, *(c.opinion for c in group.citizens), *statements]
     if rng.random() < FOREIGN_SHARE:
-        words = foreign_words(texts, rng, pieces)
+        prompted = texts[:-STATEMENTS]  # a made-up word that no prompt shows could not be predicted
+        words = foreign_words(prompted, rng, pieces, paraphrases=rng.random() < OPEN_SHARE)
         texts = [rename(t, words) for t in texts]
     prompt = statement_prompt(texts[0], texts[1:-STATEMENTS])
     return [prompt, *(f" {text}" for text in texts[-STATEMENTS:])]

@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="judge.pt of an earlier phase, auxiliary heads included")
     parser.add_argument("--samples", type=Path, nargs="*", default=[], help="made by embedded.sample_pool")
-    parser.add_argument("--ratings", type=float, default=280e3)
+    parser.add_argument("--ratings", type=float, default=400e3)
     parser.add_argument("--lr", type=float, default=0.0025)
     parser.add_argument("--lr_end", type=float, default=0.02, help="share of the learning rate at the end")
     parser.add_argument("--seed", type=int, default=0)

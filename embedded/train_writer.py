@@ -144,7 +144,7 @@ def main() -> None:
     """Train for a number of tokens and save the weights in bfloat16."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "writer")
-    parser.add_argument("--tokens", type=float, default=18e6)
+    parser.add_argument("--tokens", type=float, default=40e6)
     parser.add_argument("--start", type=Path, help="go on from the weights saved in this folder")
     parser.add_argument("--seen", type=float, default=0, help="tokens those weights have read")
     parser.add_argument("--lr", type=float, default=0.004)
