@@ -40,7 +40,7 @@ class DemoConfig:
     seed: int = 0
     """Of citizens, samples, training and bootstrap."""
 
-    sft_groups: int = 240
+    sft_groups: int = 200
     """Groups whose citizens rate the base writer's candidates; the statements of high quality are learnt from."""
 
     candidates: int = 6

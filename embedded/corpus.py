@@ -7,7 +7,14 @@ from functools import cache
 from random import Random
 
 from deliberation.citizens import Group, draw_group
-from deliberation.grammar import CONNECTORS, OPINION_FRAMES, STATEMENT_FRAMES
+from deliberation.grammar import (
+    CONNECTORS,
+    OPINION_CONCERN,
+    OPINION_FRAMES,
+    OPINION_MEASURE,
+    OPINION_REASON,
+    STATEMENT_FRAMES,
+)
 from deliberation.lexicon import load_lexicon
 from deliberation.prompts import statement_prompt
 from deliberation.questions import invented_question, load_questions
@@ -20,7 +27,28 @@ FOREIGN_SHARE = 0.8
 """Share of documents in which some words are replaced, wherever they stand, by words that do not exist: the claims and
 phrases of a new topic are made of words, and of pieces of words, that a model must copy without knowing them."""
 OPEN_SHARE = 0.4
-"""Share of those documents in which the words of paraphrases are replaced too."""
+"""Share of those documents in which the words of paraphrases are replaced too, and share of all documents in which
+opinions begin their sentences in other words."""
+LEADS = {
+    "concern": (
+        """I worry about|I care about|I am worried about|I think of|Think of|Think about|Do not forget|
+        Nobody talks about|It is all about|We must not ignore|We need to protect|My concern is|I am afraid of|
+        The real issue is|Most of all I care about|I keep thinking of|There is also"""
+    ),
+    "measure": (
+        """We need|We should have|Give us|I propose|Why not try|I hope for|The answer is|It would help to have|
+        I would be happy with|Let us have|I would support|There must be|I ask for"""
+    ),
+    "reason": (
+        """The fact is that|After all|I have seen that|Remember that|The trouble is that|Everyone knows that|
+        I hear that"""
+    ),
+    "condition": (
+        """I could live with it if there were|I could accept it if we had|It would be fine with|I would agree if we got|
+        Fine by me if there were|I would say yes to it with|I might agree given"""
+    ),
+}
+"""Ways to begin a sentence of an opinion that the citizens' grammar does not know: people who type have their own."""
 STATEMENTS = 4
 """Statements about one group in a document; none sees another (``embedded/packing.py``)."""
 FIXED = frozenset(
@@ -103,6 +131,19 @@ def rename(text: str, words: dict[str, str]) -> str:
     return re.sub(r"[A-Za-z]+", replacement, text) if words else text
 
 
+def own_leads(texts: list[str], rng: Random, pieces: Pieces | None = None) -> list[str]:
+    """``texts`` with the openings of opinion sentences that take something up put in other words, alike in all."""
+    for frame in OPINION_CONCERN + OPINION_MEASURE + OPINION_REASON:
+        known = " ".join(frame.pre).replace("i ", "I ", 1) if frame.pre[:1] == ("i",) else " ".join(frame.pre)
+        if not frame.pre or frame.post or frame.value != 1 or rng.random() < 0.3:
+            continue
+        choices = [" ".join(c.split()) for c in LEADS[frame.use if frame.use == "condition" else frame.slot].split("|")]
+        made_up = " ".join(made_up_word(rng, pieces) for _ in range(rng.randint(1, 4))).capitalize()
+        lead = rng.choice(choices) if rng.random() < 0.7 else made_up
+        texts = [text.replace(f"{known[0].upper()}{known[1:]} ", f"{lead} ") for text in texts]
+    return texts
+
+
 def writer_document(rng: Random, pieces: Pieces | None = None) -> list[str]:
     """[prompt, completion, ...] as the base writer reads it: a group's prompt and mixed-quality statements about it."""
     group = training_group(rng)
@@ -112,6 +153,8 @@ def writer_document(rng: Random, pieces: Pieces | None = None) -> list[str]:
         prompted = texts[:-STATEMENTS]  # a made-up word that no prompt shows could not be predicted
         words = foreign_words(prompted, rng, pieces, paraphrases=rng.random() < OPEN_SHARE)
         texts = [rename(t, words) for t in texts]
+    if rng.random() < OPEN_SHARE:
+        texts = own_leads(texts, rng, pieces)
     prompt = statement_prompt(texts[0], texts[1:-STATEMENTS])
     return [prompt, *(f" {text}" for text in texts[-STATEMENTS:])]
 

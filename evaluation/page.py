@@ -175,7 +175,8 @@ def preference_text(figures: Mapping[str, float | None]) -> str:
     way = share_of_ceiling(accuracy, ceiling)
     text = f"It orders {100 * accuracy:.1f} % of a citizen's non-tied pairs as the citizen does. Two noisy ratings of "
     text += f"the same citizen agree on {100 * ceiling:.1f} %: the model goes {100 * way:.0f} % of the way from chance "
-    text += "to that ceiling."
+    text += "to that ceiling"
+    text += ", beyond it because a prediction has no rating noise." if way > 1 else "."
     if figures["correlation"] is not None:
         text += f" Correlation with noise-free gold agreement: {figures['correlation']:.2f}."
     return text

@@ -197,13 +197,14 @@ def preference(figures: Mapping[str, float | None]) -> Figure:
         if value is None:
             continue
         axes.barh(y, 100 * value - 50, left=50, height=0.34, color=colour)
-        inside = value > 0.62  # a long bar holds its own figure, clear of the ceiling's line
-        axes.text(max(100 * value, 50) + (-0.6 if inside else 0.6), y, f"{100 * value:.1f} %", va="center",
-                  fontsize=11.5, ha="right" if inside else "left", color="white" if inside else INK)  # fmt: skip
+        inside = value > 0.62  # a long bar holds its own figure at its foot, clear of the ceiling's line
+        axes.text(50.6 if inside else max(100 * value, 50) + 0.6, y, f"{100 * value:.1f} %", va="center",
+                  fontsize=11.5, color="white" if inside else INK)  # fmt: skip
     ceiling = figures["ceiling"]
     if ceiling is not None:
         axes.axvline(100 * ceiling, color=GOLD, linewidth=1.6, linestyle=(0, (4, 3)))
-        axes.text(100 * ceiling - 0.5, -0.62, f"ceiling {100 * ceiling:.1f} %", ha="right", color=GOLD, fontsize=11.5)
+        text = f"a second rating by the citizen {100 * ceiling:.1f} %"
+        axes.text(100 * ceiling - 0.5, -0.62, text, ha="right", color=GOLD, fontsize=11.5)
     known = [100 * v for v in (figures[k] for k in ("longest", "overlap", "accuracy", "ceiling")) if v is not None]
     axes.set(xlim=(min([50, *known]) - 0.5, max([60, *known]) + 6), ylim=(2.5, -0.95), yticks=[])
     axes.set_xlabel("pairs ordered as the citizen does, % (chance 50)")

@@ -11,7 +11,7 @@ from deliberation.citizens import draw_group
 from deliberation.lexicon import HELD_OUT_EVERY, load_lexicon
 from deliberation.questions import load_questions
 from embedded import resolve
-from embedded.corpus import foreign_words, rename, writer_document
+from embedded.corpus import foreign_words, own_leads, rename, writer_document
 from embedded.ratings import AUX, KINDS, MEMBERS, STATEMENTS, WORDING, Labeller, _shown, rows
 from embedded.train_judge import Judge, collate, losses
 from embedded.train_writer import loss_of, optimisers, schedule, targets
@@ -36,10 +36,22 @@ def test_training_documents_hold_no_held_out_topic_or_word():
 
 def test_foreign_words_replace_whole_words_in_all_texts_alike():
     texts = ["Should nurses wait?", "Nurses wait.", "Some nurses and others."]
-    words = foreign_words(texts, Random(1))
-    assert words and set(words) <= {"nurses", "wait"}
+    found = [foreign_words(texts, Random(seed)) for seed in range(20)]
+    assert {word for words in found for word in words} == {"nurses", "wait", "others"}  # frames and function words stay
     renamed = rename("Nurses wait. The nurses, nurseries.", {"nurses": "blorks"})
     assert renamed == "Blorks wait. The blorks, nurseries."
+
+
+def test_own_leads_change_how_opinions_begin_alike_in_all_texts():
+    texts = [
+        "I am against this. My main worry is noise.",
+        "My main worry is noise.",
+        "We want noise to be kept in mind.",
+    ]
+    changed = [own_leads(texts, Random(seed)) for seed in range(20)]
+    assert any(found != texts for found in changed)
+    for opinion, parrot, statement in changed:
+        assert statement == texts[2] and opinion == f"I am against this. {parrot}" and parrot.endswith(" noise.")
 
 
 @pytest.fixture(scope="module")
