@@ -26,7 +26,7 @@ INVENTED_SHARE = 0.55
 FOREIGN_SHARE = 0.8
 """Share of documents in which some words are replaced, wherever they stand, by words that do not exist: the claims and
 phrases of a new topic are made of words, and of pieces of words, that a model must copy without knowing them."""
-OPEN_SHARE = 0.4
+OPEN_SHARE = 0.7
 """Share of those documents in which the words of paraphrases are replaced too, and share of all documents in which
 opinions begin their sentences in other words."""
 LEADS = {
