@@ -139,8 +139,12 @@ def own_leads(texts: list[str], rng: Random, pieces: Pieces | None = None) -> li
             continue
         choices = [" ".join(c.split()) for c in LEADS[frame.use if frame.use == "condition" else frame.slot].split("|")]
         made_up = " ".join(made_up_word(rng, pieces) for _ in range(rng.randint(1, 4))).capitalize()
+        known = f"{known[0].upper()}{known[1:]}"
+        if frame.slot == "reason" and rng.random() < 0.5:  # most people just say it: "Parents cannot get to work."
+            texts = [re.sub(f"{known} ([a-z])", lambda found: found.group(1).upper(), text) for text in texts]
+            continue
         lead = rng.choice(choices) if rng.random() < 0.7 else made_up
-        texts = [text.replace(f"{known[0].upper()}{known[1:]} ", f"{lead} ") for text in texts]
+        texts = [text.replace(f"{known} ", f"{lead} ") for text in texts]
     return texts
 
 

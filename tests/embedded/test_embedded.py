@@ -54,6 +54,13 @@ def test_own_leads_change_how_opinions_begin_alike_in_all_texts():
         assert statement == texts[2] and opinion == f"I am against this. {parrot}" and parrot.endswith(" noise.")
 
 
+def test_some_reasons_are_just_said():
+    texts = ["I know that nurses wait too long. I want more nurses.", "We recognise that nurses wait too long."]
+    found = {own_leads(texts, Random(seed))[0].split(" I want")[0] for seed in range(40)}
+    assert "Nurses wait too long." in {opinion.split(". ")[0].rstrip(".") + "." for opinion in found}
+    assert all(own_leads(texts, Random(seed))[1] == texts[1] for seed in range(40))
+
+
 @pytest.fixture(scope="module")
 def packed():
     from transformers import AutoTokenizer
