@@ -18,7 +18,7 @@ from deliberation.prompts import one_line, preference_prefix, preference_suffix
 from deliberation.recogniser import Item, Reading, read
 from deliberation.types import Question
 from deliberation.writer import WRITERS, corrupt, write_statement
-from embedded.corpus import FOREIGN_SHARE, foreign_words, rename, training_group
+from embedded.corpus import FOREIGN_SHARE, foreign_words, own_leads, rename, training_group
 from embedded.tokenizer import word_pieces
 
 MEMBERS = 3
@@ -26,6 +26,8 @@ STATEMENTS = 6
 SHOWN_ONLY_SHARE = 0.5
 """Share of groups in which only words that the member's own prefix shows are made up. In the others a judge meets
 made-up words of other members in good statements; met always, a miscopied word would look no worse than those."""
+LEADS_SHARE = 0.3
+"""Share of groups whose opinions begin their sentences in other words (``corpus.own_leads``)."""
 AUX = ("quality", "member_stance", "statement_stance", "stance_term", "met", "hurt", "form", "voice", "items")
 """What the auxiliary head learns to tell at the last token, each roughly within -1 to 1."""
 KINDS = ("", "reason", *sorted(load_lexicon().concerns), *sorted(load_lexicon().measures))
@@ -122,13 +124,18 @@ def make_row(
     citizen: Citizen,
     statements: list[tuple[str, Reading]],
     words: dict[str, str],
+    opinion: str | None = None,
 ) -> Row:
-    """One member's packed row; ``words`` are replaced by made-up ones after all is read and rated."""
-    prefix_text = preference_prefix(rename(question.text, words), rename(citizen.opinion, words))
+    """One member's packed row; ``words`` are replaced by made-up ones after all is read and rated.
+
+    ``opinion`` is shown in place of the citizen's own, in other words but of the same content.
+    """
+    prefix_text = preference_prefix(rename(question.text, words), rename(opinion or citizen.opinion, words))
     start = prefix_text.index("\nOpinion: ") + len("\nOpinion: ")
     ids, ends = labeller.encode(prefix_text, start)
     own = read(citizen.opinion, question)
-    kinds, uses = _phrase_labels(own.items, ends)
+    labelled = own.items if opinion is None else []  # the words of another opinion stand elsewhere
+    kinds, uses = _phrase_labels(labelled, ends)
     row = Row(ids, [], [], [], kinds, uses, [0] * len(ids), [float("nan")] * len(ids))
     for text, reading in statements:
         gold = rate(citizen, reading)
@@ -199,9 +206,19 @@ def rows(labeller: Labeller, rng: Random, pool: Pool) -> list[Row]:
     statements = [(t, read(t, group.question)) for t in texts]
     members = rng.sample(group.citizens, MEMBERS)
     shown_only = rng.random() < SHOWN_ONLY_SHARE
+    opinions: list[str | None] = [None] * len(members)
+    if rng.random() < LEADS_SHARE:
+        opinions = [*own_leads([c.opinion for c in members], rng, labeller.pieces)]
     return [
-        make_row(labeller, group.question, c, statements, _shown(words, group, c) if shown_only else words)
-        for c in members
+        make_row(
+            labeller,
+            group.question,
+            c,
+            statements,
+            _shown(words, group, c) if shown_only else words,
+            opinion,
+        )
+        for c, opinion in zip(members, opinions, strict=True)
     ]
 
 
