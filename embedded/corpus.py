@@ -134,11 +134,11 @@ def rename(text: str, words: dict[str, str]) -> str:
 def own_leads(texts: list[str], rng: Random, pieces: Pieces | None = None) -> list[str]:
     """``texts`` with the openings of opinion sentences that take something up put in other words, alike in all."""
     for frame in OPINION_CONCERN + OPINION_MEASURE + OPINION_REASON:
-        known = " ".join(frame.pre).replace("i ", "I ", 1) if frame.pre[:1] == ("i",) else " ".join(frame.pre)
         if not frame.pre or frame.post or frame.value != 1 or rng.random() < 0.3:
             continue
         choices = [" ".join(c.split()) for c in LEADS[frame.use if frame.use == "condition" else frame.slot].split("|")]
         made_up = " ".join(made_up_word(rng, pieces) for _ in range(rng.randint(1, 4))).capitalize()
+        known = " ".join(frame.pre)
         known = f"{known[0].upper()}{known[1:]}"
         if frame.slot == "reason" and rng.random() < 0.5:  # most people just say it: "Parents cannot get to work."
             texts = [re.sub(f"{known} ([a-z])", lambda found: found.group(1).upper(), text) for text in texts]

@@ -6,13 +6,14 @@ from random import Random
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from deliberation.citizens import draw_group
 from deliberation.lexicon import HELD_OUT_EVERY, load_lexicon
 from deliberation.questions import load_questions
 from embedded import resolve
 from embedded.corpus import foreign_words, own_leads, rename, writer_document
-from embedded.ratings import AUX, KINDS, MEMBERS, STATEMENTS, WORDING, Labeller, _shown, rows
+from embedded.ratings import AUX, KINDS, MEMBERS, STATEMENTS, WORDING, Labeller, _shown, make_row, rows
 from embedded.train_judge import Judge, collate, losses
 from embedded.train_writer import loss_of, optimisers, schedule, targets
 
@@ -61,10 +62,22 @@ def test_some_reasons_are_just_said():
     assert all(own_leads(texts, Random(seed))[1] == texts[1] for seed in range(40))
 
 
+def test_paraphrases_are_made_up_only_where_they_are_open():
+    texts = ["Should nurses wait?", "My main worry is the bills that farmers have to pay."]
+    found = [set().union(*(foreign_words(texts, Random(s), paraphrases=p) for s in range(30))) for p in (False, True)]
+    assert "bills" not in found[0] and {"bills", "pay"} <= found[1] and "worry" not in found[1]
+
+
+def test_an_opinion_in_other_words_is_shown_and_its_phrases_are_not_labelled():
+    group = draw_group(load_questions("train")[0], Random(0))
+    labeller = Labeller(AutoTokenizer.from_pretrained(resolve("embedded/judge")))
+    row = make_row(labeller, group.question, group.citizens[0], [], {}, "Other words.")
+    assert "Other words." in labeller.tokenizer.decode(row.prefix) and not any(row.kinds + row.uses)
+    assert any(make_row(labeller, group.question, group.citizens[0], [], {}).kinds)
+
+
 @pytest.fixture(scope="module")
 def packed():
-    from transformers import AutoTokenizer
-
     return rows(Labeller(AutoTokenizer.from_pretrained(resolve("embedded/judge"))), Random(0), [])
 
 
