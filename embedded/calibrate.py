@@ -1,7 +1,8 @@
 """Calibrate the base judge to simulated noisy ratings of training topics, and measure it on held-out ones.
 
 The last step of ``make embedded-models``. The gate: a correlation of at least 0.85 with noise-free gold agreement on
-statements sampled from a policy, on held-out topics, words and phrases.
+statements sampled from a policy, on held-out topics, words and phrases. The same is measured once more with the groups
+in disguise: opinions in phrases, words and sentences that the citizens' grammar does not know.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -22,21 +24,44 @@ from deliberation.questions import load_questions
 from deliberation.recogniser import read
 from deliberation.writer import write_statement
 from embedded.corpus import training_group
+from embedded.disguise import Disguise, draw_disguise, shown_opinions
+from embedded.leads import own_leads
 from reward.preference import Calibration, PreferenceModel
 from reward.scoring import score
 from rl.policy import load_policy, sample
 
-Pool = Sequence[tuple[Group, list[str]]]
+
+@dataclass
+class Case:
+    """A group with statements.
+
+    Attributes:
+        group, texts: as the gold rater knows them.
+        question, opinions, shown: as the models see them.
+    """
+
+    group: Group
+    texts: list[str]
+    question: str
+    opinions: list[str]
+    shown: list[str]
+
+
+Pool = Sequence[Case]
+
+
+def plain(group: Group, texts: list[str]) -> Case:
+    """A group without a disguise."""
+    return Case(group, texts, group.question.text, [c.opinion for c in group.citizens], texts)
 
 
 def scores_and_gold(model: PreferenceModel, pool: Pool) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Raw scores and noise-free gold agreement, [members, statements] a group."""
     scores, gold = [], []
-    for group, texts in pool:
-        opinions = [c.opinion for c in group.citizens]
-        scores.append(score(model, group.question.text, opinions, texts).raw.astype(np.float64))
-        readings = [read(t, group.question) for t in texts]
-        gold.append(np.array([[rate(c, r).agreement for r in readings] for c in group.citizens]))
+    for case in pool:
+        scores.append(score(model, case.question, case.opinions, case.shown).raw.astype(np.float64))
+        readings = [read(t, case.group.question) for t in case.texts]
+        gold.append(np.array([[rate(c, r).agreement for r in readings] for c in case.group.citizens]))
     return scores, gold
 
 
@@ -55,15 +80,35 @@ def correlations(utilities: Sequence[np.ndarray], gold: Sequence[np.ndarray]) ->
     return found
 
 
-def policy_pool(path: str, count: int, n: int, seed: int, temperature: float) -> list[tuple[Group, list[str]]]:
-    """Statements a policy samples for held-out groups."""
+def policy_pool(path: str, count: int, n: int, temperature: float, disguised: bool = False, seed: int = 0) -> Pool:
+    """Statements a policy samples for held-out groups, plain or with every group in other phrases and sentences."""
     model, tokenizer = load_policy(path, device="cpu")
-    rng, questions = Random(f"gate {seed}"), load_questions("validation")
-    groups = [draw_group(rng.choice(questions), rng, held_out=True) for _ in range(count)]
-    prompts = [statement_prompt(g.question.text, [c.opinion for c in g.citizens]) for g in groups]
+    rng = Random(f"gate {seed}")
+    groups = _held_out_groups(rng, count)
+    disguises = [_open_disguise(g, rng) if disguised else Disguise() for g in groups]
+    questions = [d.show(g.question.text) for g, d in zip(groups, disguises, strict=True)]
+    opinions = [shown_opinions(g, d) for g, d in zip(groups, disguises, strict=True)]
+    if disguised:
+        opinions = [own_leads(said, rng) for said in opinions]
+    prompts = [statement_prompt(q, said) for q, said in zip(questions, opinions, strict=True)]
     drawn = sample(model, tokenizer, prompts, n=n, seeds=list(range(count)), max_new_tokens=80, temperature=temperature)
-    texts = [[t for s in row if (t := clean_statement(s.text))] for row in drawn]
-    return [(g, t) for g, t in zip(groups, texts, strict=True) if t]
+    pool = []
+    for group, disguise, question, said, row in zip(groups, disguises, questions, opinions, drawn, strict=True):
+        shown = [t for s in row if (t := clean_statement(s.text))]
+        if shown:
+            pool.append(Case(group, [disguise.read_back(t) for t in shown], question, said, shown))
+    return pool
+
+
+def _held_out_groups(rng: Random, count: int) -> list[Group]:
+    questions = load_questions("validation")
+    return [draw_group(rng.choice(questions), rng, held_out=True) for _ in range(count)]
+
+
+def _open_disguise(group: Group, rng: Random) -> Disguise:
+    while not (disguise := draw_disguise(group, rng)).phrases:
+        pass
+    return disguise
 
 
 def main() -> None:
@@ -81,24 +126,21 @@ def main() -> None:
     model = PreferenceModel(classifier, tokenizer, Calibration.of_ratings([1, 2, 3, 4, 5, 6, 7]))
     groups = [training_group(rng) for _ in range(args.groups)]
     kinds = (None, None, "balanced", "balanced", "one_sided", "careless")
-    pool = [(g, [write_statement(g, rng, kind) for kind in kinds]) for g in groups]
+    pool = [plain(g, [write_statement(g, rng, kind) for kind in kinds]) for g in groups]
     scores, gold = scores_and_gold(model, pool)
     noisy = [noisy_rating(value, rng) for table in gold for value in table.ravel()]
     model.calibration = Calibration.fit(np.concatenate([s.ravel() for s in scores]), noisy)
-    figures = {"writer text": _figures(model, [(g, t) for g, t in _written(rng, args.groups)])}
+    written = [plain(g, [write_statement(g, rng) for _ in range(4)]) for g in _held_out_groups(rng, args.groups)]
+    figures = {"writer text": _figures(model, written)}
     for path in args.policy:
-        figures[path] = _figures(model, policy_pool(path, args.groups, 4, 0, args.temperature))
+        figures[path] = _figures(model, policy_pool(path, args.groups, 4, args.temperature))
+        disguised = policy_pool(path, args.groups, 4, args.temperature, disguised=True)
+        figures[f"{path}, groups in disguise"] = _figures(model, disguised)
     if not args.measure_only:
         classifier.to(torch.bfloat16)
         model.metadata = {"ratings": len(noisy), "citizens": "simulated", "gate": figures}
         model.save(args.judge)
     print(json.dumps(figures))
-
-
-def _written(rng: Random, count: int) -> list[tuple[Group, list[str]]]:
-    questions = load_questions("validation")
-    groups = [draw_group(rng.choice(questions), rng, held_out=True) for _ in range(count)]
-    return [(g, [write_statement(g, rng) for _ in range(4)]) for g in groups]
 
 
 def _figures(model: PreferenceModel, pool: Pool) -> dict[str, float]:

@@ -7,33 +7,36 @@ language model brings along. The fit of the preference model afterwards uses rat
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from transformers import PreTrainedTokenizerFast
 
 from deliberation.citizens import Citizen, Gold, Group, draw_wish, rate
+from deliberation.grammar import CONNECTORS, STATEMENT_CONCERN, STATEMENT_MEASURE, STATEMENT_REASON, Frame
 from deliberation.lexicon import load_lexicon
 from deliberation.prompts import one_line, preference_prefix, preference_suffix
 from deliberation.recogniser import Item, Reading, read
 from deliberation.types import Question
 from deliberation.writer import WRITERS, corrupt, write_statement
-from embedded.corpus import FOREIGN_SHARE, foreign_words, own_leads, rename, training_group
+from embedded.corpus import LEADS_SHARE, training_group
+from embedded.disguise import Disguise, draw_disguise
+from embedded.leads import own_leads
 from embedded.tokenizer import word_pieces
+from embedded.words import rename
 
 MEMBERS = 3
 STATEMENTS = 6
 SHOWN_ONLY_SHARE = 0.5
 """Share of groups in which only words that the member's own prefix shows are made up. In the others a judge meets
 made-up words of other members in good statements; met always, a miscopied word would look no worse than those."""
-LEADS_SHARE = 0.3
-"""Share of groups whose opinions begin their sentences in other words (``corpus.own_leads``)."""
 AUX = ("quality", "member_stance", "statement_stance", "stance_term", "met", "hurt", "form", "voice", "items")
 """What the auxiliary head learns to tell at the last token, each roughly within -1 to 1."""
 KINDS = ("", "reason", *sorted(load_lexicon().concerns), *sorted(load_lexicon().measures))
 """Classes of the category label at the last token of a phrase (0: no label)."""
 USES = ("", "want", "dislike", "red_line", "condition")
 """Classes of the attitude label at the last token of a phrase in an opinion."""
+TAKING_UP = [f for f in STATEMENT_CONCERN + STATEMENT_MEASURE + STATEMENT_REASON if f.value == 1]
 WORDING = ("", "right", "wrong", "repeated")
 
 
@@ -123,23 +126,28 @@ def make_row(
     question: Question,
     citizen: Citizen,
     statements: list[tuple[str, Reading]],
-    words: dict[str, str],
+    disguise: Disguise,
     opinion: str | None = None,
 ) -> Row:
-    """One member's packed row; ``words`` are replaced by made-up ones after all is read and rated.
+    """One member's packed row, disguised after all is read and rated.
 
-    ``opinion`` is shown in place of the citizen's own, in other words but of the same content.
+    ``opinion`` is shown (but for its made-up words) in place of the citizen's own, in other words but of the same
+    content. A text whose phrases are not the citizens' has no labels at its words.
     """
-    prefix_text = preference_prefix(rename(question.text, words), rename(opinion or citizen.opinion, words))
+    own_text = disguise.rephrase(citizen.opinion)
+    prefix_text = preference_prefix(disguise.show(question.text), rename(opinion or own_text, disguise.words))
     start = prefix_text.index("\nOpinion: ") + len("\nOpinion: ")
     ids, ends = labeller.encode(prefix_text, start)
     own = read(citizen.opinion, question)
-    labelled = own.items if opinion is None else []  # the words of another opinion stand elsewhere
+    labelled = own.items if citizen.opinion == (opinion or own_text) else []  # words that stand elsewhere
     kinds, uses = _phrase_labels(labelled, ends)
     row = Row(ids, [], [], [], kinds, uses, [0] * len(ids), [float("nan")] * len(ids))
     for text, reading in statements:
         gold = rate(citizen, reading)
-        suffix, ends = labeller.encode(preference_suffix(rename(text, words)), 1)
+        shown = disguise.rephrase(text)
+        suffix, ends = labeller.encode(preference_suffix(rename(shown, disguise.words)), 1)
+        if shown != text:
+            ends = [None] * len(ends)
         kinds, _ = _phrase_labels(reading.items, ends)
         wording, gains = _suffix_labels(reading, gold, ends)
         row.suffixes.append(suffix)
@@ -173,7 +181,30 @@ def edit(text: str, group: Group, rng: Random) -> str:
     return text
 
 
-def contrasts(group: Group, other: Group, samples: list[str], rng: Random) -> list[str]:
+def say_again(text: str, rng: Random) -> str:
+    """``text`` with a point it takes up said once more in another frame, as a language model does; or unchanged."""
+    sentences = text.rstrip(".").split(". ")
+    for k in rng.sample(range(len(sentences)), len(sentences)):
+        if found := _point(sentences[k]):
+            frame, content = found
+            other = rng.choice([f for f in TAKING_UP if f.slot == frame.slot and f is not frame])
+            sentences.insert(rng.randint(k + 1, len(sentences)), other.fill(content).rstrip("."))
+            return ". ".join(sentences) + "."
+    return text
+
+
+def _point(sentence: str) -> tuple[Frame, str] | None:
+    """The frame of a sentence that takes something up, and what it takes up."""
+    opening, _, rest = sentence.partition(", ")
+    said = rest if tuple(opening.lower().split()) in CONNECTORS else f"{sentence[:1].lower()}{sentence[1:]}"
+    for frame in TAKING_UP:
+        pattern = " ".join((*map(re.escape, frame.pre), "(.+)", *map(re.escape, frame.post)))
+        if found := re.fullmatch(pattern, said):
+            return frame, found.group(1)
+    return None
+
+
+def contrasts(group: Group, other: Group, samples: list[str], disguise: Disguise, rng: Random) -> list[str]:
     """Six statements for one group: written, sampled from a policy, edited, corrupted, off topic."""
     texts = rng.sample(samples, min(3, len(samples)))
     texts += [write_statement(group, rng) for _ in range(2 - len(texts))]
@@ -186,43 +217,44 @@ def contrasts(group: Group, other: Group, samples: list[str], rng: Random) -> li
         off = write_statement(other, rng, "balanced")
         texts.append(off if rng.random() < 0.5 else rng.choice(other.citizens).opinion)
     else:
-        texts.append(corrupt(rng.choice(texts), rng))
+        spoil = say_again if rng.random() < 0.3 else corrupt
+        spoilt = spoil(disguise.rephrase(rng.choice(texts)), rng)
+        texts.append(disguise.phrases_back(spoilt))
     return [one_line(t) or "." for t in texts]
 
 
-Pool = list[tuple[Group, list[str], dict[str, str]]]
-"""Groups with statements sampled from a policy and the made-up words the policy read."""
+Pool = list[tuple[Group, list[str], Disguise]]
+"""Groups with statements sampled from a policy, as the gold rater reads them, and the disguise the policy saw."""
 
 
 def rows(labeller: Labeller, rng: Random, pool: Pool) -> list[Row]:
     """The rows of one group: a fresh one, or one of ``pool``."""
     if pool and rng.random() < 0.6:
-        group, samples, words = rng.choice(pool)
+        group, samples, disguise = rng.choice(pool)
     else:
         group, samples = training_group(rng), []
-        said = [group.question.text, *(c.opinion for c in group.citizens)]
-        words = foreign_words(said, rng, labeller.pieces) if rng.random() < FOREIGN_SHARE else {}
-    texts = contrasts(group, training_group(rng), [t for t in samples if t], rng)
+        disguise = draw_disguise(group, rng, labeller.pieces)
+    texts = contrasts(group, training_group(rng), [t for t in samples if t], disguise, rng)
     statements = [(t, read(t, group.question)) for t in texts]
     members = rng.sample(group.citizens, MEMBERS)
-    shown_only = rng.random() < SHOWN_ONLY_SHARE
-    opinions: list[str | None] = [None] * len(members)
+    opinions = [disguise.rephrase(c.opinion) for c in members]
     if rng.random() < LEADS_SHARE:
-        opinions = [*own_leads([c.opinion for c in members], rng, labeller.pieces)]
+        opinions = own_leads(opinions, rng, labeller.pieces)
+    shown_only = rng.random() < SHOWN_ONLY_SHARE
     return [
         make_row(
             labeller,
             group.question,
             c,
             statements,
-            _shown(words, group, c) if shown_only else words,
+            replace(disguise, words=_shown(disguise.words, group, opinion)) if shown_only else disguise,
             opinion,
         )
         for c, opinion in zip(members, opinions, strict=True)
     ]
 
 
-def _shown(words: dict[str, str], group: Group, citizen: Citizen) -> dict[str, str]:
-    """The entries of ``words`` whose known word stands in the question or the citizen's opinion."""
-    present = re.findall(r"[a-z]+", f"{group.question.text} {citizen.opinion}".lower())
+def _shown(words: dict[str, str], group: Group, opinion: str) -> dict[str, str]:
+    """The entries of ``words`` whose known word stands in the question or the opinion."""
+    present = re.findall(r"[a-z]+", f"{group.question.text} {opinion}".lower())
     return {old: new for old, new in words.items() if old in present}

@@ -10,15 +10,17 @@ from random import Random
 import torch
 
 from deliberation.prompts import clean_statement, statement_prompt
-from embedded.corpus import FOREIGN_SHARE, foreign_words, rename, training_group
+from embedded.corpus import LEADS_SHARE, training_group
+from embedded.disguise import draw_disguise, shown_opinions
+from embedded.leads import own_leads
 from embedded.tokenizer import word_pieces
 from rl.policy import load_policy, sample
 
 
 def main() -> None:
-    """Sample ``--n`` statements for each of ``--groups`` groups; save (group, statements, made-up words) each.
+    """Sample ``--n`` statements for each of ``--groups`` groups; save (group, statements, disguise) each.
 
-    The statements are saved with the made-up words turned back, so that the gold rater can read them.
+    The statements are saved as the gold rater reads them; what the policy copied wrongly stays foreign.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", required=True)
@@ -34,16 +36,16 @@ def main() -> None:
     pieces = word_pieces(tokenizer)
     for start in range(0, args.groups, 32):
         groups = [training_group(rng) for _ in range(min(32, args.groups - start))]
-        said = [[g.question.text, *(c.opinion for c in g.citizens)] for g in groups]
-        words = [foreign_words(t, rng, pieces) if rng.random() < FOREIGN_SHARE else {} for t in said]
-        renamed = [[rename(t, w) for t in texts] for texts, w in zip(said, words, strict=True)]
+        disguises = [draw_disguise(g, rng, pieces) for g in groups]
+        shown = [shown_opinions(g, d) for g, d in zip(groups, disguises, strict=True)]
+        shown = [own_leads(said, rng, pieces) if rng.random() < LEADS_SHARE else said for said in shown]
         seeds = [args.seed * 1_000_003 + start + k for k in range(len(groups))]
-        prompts = [statement_prompt(t[0], t[1:]) for t in renamed]
+        questions = [d.show(g.question.text) for g, d in zip(groups, disguises, strict=True)]
+        prompts = [statement_prompt(q, said) for q, said in zip(questions, shown, strict=True)]
         keys = {"max_new_tokens": 80, "temperature": args.temperature}
         drawn = sample(model, tokenizer, prompts, n=args.n, seeds=seeds, **keys)
-        for group, row, w in zip(groups, drawn, words, strict=True):
-            back = {new.lower(): old for old, new in w.items()}  # what the policy copied wrongly stays foreign
-            pool.append((group, [rename(clean_statement(s.text), back) for s in row], w))
+        for group, row, disguise in zip(groups, drawn, disguises, strict=True):
+            pool.append((group, [disguise.read_back(clean_statement(s.text)) for s in row], disguise))
         print(f"{len(pool)} groups, {time.time() - started:.0f} s", flush=True)
     torch.save(pool, args.output)
 

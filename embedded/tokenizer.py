@@ -8,7 +8,8 @@ from random import Random
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from embedded.corpus import Pieces, writer_document
+from embedded.corpus import writer_document
+from embedded.words import Pieces
 
 VOCABULARY = 4096
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -113,15 +114,21 @@ def losses(judge: Judge, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     phrase = states.hidden_states[PHRASE_LAYER].float()
     for name, head in (("kinds", judge.kinds), ("uses", judge.uses)):
         label = getattr(batch, name)
-        parts[name] = F.cross_entropy(head(phrase[label > 0]), label[label > 0])
-    wording = states.hidden_states[WORDING_LAYER].float()
-    seen = batch.wording > 0
-    parts["wording"] = F.cross_entropy(judge.wording(wording[seen]), batch.wording[seen])
-    known = ~batch.gains.isnan()
-    parts["gains"] = F.mse_loss(judge.gains(final[known])[:, 0], batch.gains[known].clamp(-3, 3))
+        parts[name] = _over_labels(F.cross_entropy, head(phrase), label, label > 0)
+    wording = judge.wording(states.hidden_states[WORDING_LAYER].float())
+    parts["wording"] = _over_labels(F.cross_entropy, wording, batch.wording, batch.wording > 0)
+    gains = judge.gains(final)[..., 0]
+    parts["gains"] = _over_labels(F.mse_loss, gains, batch.gains.clamp(-3, 3), ~batch.gains.isnan())
     weights = {"rating": 4.0, "entropy": 4.0, "aux": 1.0, "kinds": 0.15, "uses": 0.15, "wording": 0.5, "gains": 0.5}
     total = sum((weights[k] * v for k, v in parts.items()), torch.zeros(()))
     return total, {k: float(v.detach()) for k, v in parts.items()} | {"correlation": correlation(score, batch)}
+
+
+def _over_labels(
+    loss: Callable[..., torch.Tensor], predicted: torch.Tensor, label: torch.Tensor, known: torch.Tensor
+) -> torch.Tensor:
+    """Mean loss over the labelled tokens; 0 where a batch has none, as when all its groups are in disguise."""
+    return loss(predicted[known], label[known], reduction="sum") / known.sum().clamp(min=1)
 
 
 def correlation(score: torch.Tensor, batch: Batch) -> float:

@@ -8,14 +8,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from deliberation.citizens import draw_group
+from deliberation.citizens import draw_group, rate_text
 from deliberation.lexicon import HELD_OUT_EVERY, load_lexicon
 from deliberation.questions import load_questions
+from deliberation.recogniser import read
+from deliberation.writer import balanced, write_statement
 from embedded import resolve
-from embedded.corpus import foreign_words, own_leads, rename, writer_document
-from embedded.ratings import AUX, KINDS, MEMBERS, STATEMENTS, WORDING, Labeller, _shown, make_row, rows
+from embedded.corpus import training_group, writer_document
+from embedded.disguise import Disguise, draw_disguise, shown_opinions
+from embedded.leads import own_leads
+from embedded.ratings import AUX, KINDS, MEMBERS, STATEMENTS, WORDING, Labeller, _shown, make_row, rows, say_again
 from embedded.train_judge import Judge, collate, losses
 from embedded.train_writer import loss_of, optimisers, schedule, targets
+from embedded.words import foreign_words, rename
 
 
 def test_training_documents_hold_no_held_out_topic_or_word():
@@ -43,23 +48,56 @@ def test_foreign_words_replace_whole_words_in_all_texts_alike():
     assert renamed == "Blorks wait. The blorks, nurseries."
 
 
-def test_own_leads_change_how_opinions_begin_alike_in_all_texts():
+def test_opinions_are_said_in_other_words_alike_in_all_texts_and_statements_are_not():
     texts = [
         "I am against this. My main worry is noise.",
         "My main worry is noise.",
         "We want noise to be kept in mind.",
     ]
-    changed = [own_leads(texts, Random(seed)) for seed in range(20)]
-    assert any(found != texts for found in changed)
+    changed = [own_leads(texts, Random(seed)) for seed in range(40)]
+    assert {found[0] for found in changed} - {texts[0]} and len({found[1] for found in changed}) > 10
     for opinion, parrot, statement in changed:
-        assert statement == texts[2] and opinion == f"I am against this. {parrot}" and parrot.endswith(" noise.")
+        assert statement == texts[2] and opinion.endswith(f" {parrot}") and "noise" in parrot.lower()
+    assert any(parrot.startswith("Noise ") for _, parrot, _ in changed)  # some leads stand behind
+    assert {opinion.split(". ")[0] for opinion, _, _ in changed} > {"I am against this", "I disagree"}
 
 
 def test_some_reasons_are_just_said():
     texts = ["I know that nurses wait too long. I want more nurses.", "We recognise that nurses wait too long."]
-    found = {own_leads(texts, Random(seed))[0].split(" I want")[0] for seed in range(40)}
-    assert "Nurses wait too long." in {opinion.split(". ")[0].rstrip(".") + "." for opinion in found}
+    found = {own_leads(texts, Random(seed))[0].split(". ")[0] for seed in range(40)}
+    assert "Nurses wait too long" in found
     assert all(own_leads(texts, Random(seed))[1] == texts[1] for seed in range(40))
+
+
+def test_a_disguise_is_read_back_as_it_was():
+    rng, shown_otherwise = Random(0), 0
+    for _ in range(150):
+        group = training_group(rng)
+        disguise = draw_disguise(group, rng)
+        for kind in ("balanced", "one_sided", "parrot", "careless"):
+            text = write_statement(group, rng, kind)
+            shown = disguise.show(text)
+            shown_otherwise += shown != text
+            before, after = (read(t, group.question) for t in (text, disguise.read_back(shown)))
+            assert [(i.kind, i.words, i.value) for i in before.items] == [
+                (i.kind, i.words, i.value) for i in after.items
+            ]
+    assert shown_otherwise > 300
+
+
+def test_what_an_open_statement_takes_up_stands_in_the_prompt():
+    rng, seen = Random(1), 0
+    for _ in range(100):
+        group = training_group(rng)
+        disguise = draw_disguise(group, rng)
+        if not disguise.phrases:
+            continue
+        prompt = " ".join(shown_opinions(group, disguise)).lower()
+        statement = disguise.show(balanced(group, rng)).lower()
+        taken_up = [rename(p, disguise.words) for p in disguise.wordings if rename(p, disguise.words) in statement]
+        assert taken_up and all(phrase in prompt for phrase in taken_up)
+        seen += 1
+    assert seen > 30
 
 
 def test_paraphrases_are_made_up_only_where_they_are_open():
@@ -71,9 +109,9 @@ def test_paraphrases_are_made_up_only_where_they_are_open():
 def test_an_opinion_in_other_words_is_shown_and_its_phrases_are_not_labelled():
     group = draw_group(load_questions("train")[0], Random(0))
     labeller = Labeller(AutoTokenizer.from_pretrained(resolve("embedded/judge")))
-    row = make_row(labeller, group.question, group.citizens[0], [], {}, "Other words.")
+    row = make_row(labeller, group.question, group.citizens[0], [], Disguise(), "Other words.")
     assert "Other words." in labeller.tokenizer.decode(row.prefix) and not any(row.kinds + row.uses)
-    assert any(make_row(labeller, group.question, group.citizens[0], [], {}).kinds)
+    assert any(make_row(labeller, group.question, group.citizens[0], [], Disguise()).kinds)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +158,31 @@ def test_a_few_judge_steps_lower_the_loss(packed):
         for opt in opts:
             opt.step()
             opt.zero_grad()
-        steps.append(float(loss))
+        steps.append(float(loss.detach()))
     assert steps[-1] < 0.8 * steps[0]
+
+
+def test_a_point_said_again_stands_in_another_frame_and_costs_agreement():
+    rng, lower = Random(0), 0
+    for _ in range(40):
+        group = training_group(rng)
+        text = balanced(group, rng)
+        again = say_again(text, rng)
+        assert len(again.split(". ")) == len(text.split(". ")) + 1
+        assert all(sentence in again for sentence in text.rstrip(".").split(". "))
+        means = [sum(rate_text(c, group.question, t).agreement for c in group.citizens) for t in (text, again)]
+        lower += means[1] < means[0]
+    assert lower > 30
+    assert say_again("More should be done.", rng) == "More should be done."
+
+
+def test_a_batch_without_labels_at_its_words_has_a_finite_loss(packed):
+    batch = collate(packed, 0)
+    for labels in (batch.kinds, batch.uses, batch.wording):
+        labels.zero_()
+    batch.gains.fill_(float("nan"))
+    loss, parts = losses(Judge(tiny_classifier()), batch)
+    assert torch.isfinite(loss) and parts["kinds"] == parts["wording"] == parts["gains"] == 0 < parts["rating"]
 
 
 def test_writer_targets_are_every_completion_token_each_predicted_from_its_own_past():
@@ -155,7 +216,7 @@ def test_only_words_that_a_member_was_shown_are_made_up():
     group = draw_group(load_questions("train")[0], Random(0))
     question = group.question.text.lower().strip("?").split()
     words = dict.fromkeys([*question, "zebra"], "blork")
-    assert set(_shown(words, group, group.citizens[0])) == set(question)
+    assert set(_shown(words, group, group.citizens[0].opinion)) == set(question)
 
 
 def test_schedule_warms_up_and_decays():
