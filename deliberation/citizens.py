@@ -224,7 +224,11 @@ def noisy_rating(value: float, rng: Random) -> int:
 # ---------------------------------------------------------------- how citizens come about
 
 
-def draw_wish(rng: Random, held_out: bool, slots: str = "ccccmmr") -> Wish:
+SLOTS = "ccccmmr"
+"""What items are drawn from: concerns, measures and reasons, by their first letters."""
+
+
+def draw_wish(rng: Random, held_out: bool, slots: str = SLOTS) -> Wish:
     """A new item to hold a view on: c concern, m measure, r reason."""
     lexicon, slot = load_lexicon(), rng.choice(slots)
     if slot == "r":
@@ -315,7 +319,9 @@ def _draw_citizen(
     return replace(citizen, opinion=write_opinion(citizen, question, rng, terse))
 
 
-def draw_group(question: Question, rng: Random, held_out: bool = False, size: int | None = None) -> Group:
+def draw_group(
+    question: Question, rng: Random, held_out: bool = False, size: int | None = None, slots: str = SLOTS
+) -> Group:
     """A group of 3 to 5 citizens who share some concerns and disagree on others.
 
     Args:
@@ -323,8 +329,9 @@ def draw_group(question: Question, rng: Random, held_out: bool = False, size: in
         rng: all randomness; the same state gives the same group in every process.
         held_out: whether words and phrases that no training world uses may appear.
         size: number of members, if not drawn.
+        slots: what their shared items are drawn from.
     """
-    pool = [draw_wish(rng, held_out) for _ in range(rng.choice((4, 5, 6)))]
+    pool = [draw_wish(rng, held_out, slots) for _ in range(rng.choice((4, 5, 6)))]
     lean = rng.choice((0.15, 0.3, 0.5, 0.7, 0.85))
     n = size or rng.choices((3, 4, 5), (0.4, 0.4, 0.2))[0]
     terse = rng.random() < 0.2

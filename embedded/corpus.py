@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from deliberation.citizens import Group, draw_group
+from deliberation.citizens import SLOTS, Group, draw_group
 from deliberation.prompts import statement_prompt
 from deliberation.questions import invented_question, load_questions
 from deliberation.types import Question
@@ -17,6 +17,8 @@ INVENTED_SHARE = 0.55
 """Share of documents on questions built from the lexicon, so that claims are copied and not recalled."""
 LEADS_SHARE = 0.6
 """Share of documents in which opinions begin, or end, their sentences in other words."""
+REASONS_SHARE = 0.5
+"""Share of groups that say reasons as often as anything else, as people who type do."""
 STATEMENTS = 4
 """Statements about one group in a document; none sees another (``embedded/packing.py``)."""
 
@@ -42,4 +44,5 @@ def writer_document(rng: Random, pieces: Pieces | None = None) -> list[str]:
 
 def training_group(rng: Random) -> Group:
     """A group of the training world."""
-    return draw_group(training_question(rng), rng)
+    slots = "cmrr" if rng.random() < REASONS_SHARE else SLOTS
+    return draw_group(training_question(rng), rng, slots=slots)

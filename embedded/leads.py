@@ -66,7 +66,7 @@ def _said_otherwise(texts: list[str], frame: Frame, rng: Random, pieces: Pieces 
     lead = rng.choice([" ".join(text.split()) for text in LEADS[_lead_kind(frame)].split("|")])
     if frame.slot == "none":
         return [re.sub(rf"\b{known}\.", f"{lead}.", text) for text in texts]
-    if frame.slot == "reason" and rng.random() < 0.5:  # most people just say it: "Parents cannot get to work."
+    if frame.slot == "reason" and rng.random() < 0.7:  # most people just say it: "Parents cannot get to work."
         lead = "{}"
     elif frame.slot != "claim" and frame.value == 1 and rng.random() < 0.3:
         lead = " ".join(made_up_word(rng, pieces) for _ in range(rng.randint(1, 4))).capitalize() + " {}"
