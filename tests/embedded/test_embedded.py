@@ -116,7 +116,9 @@ def test_an_opinion_in_other_words_is_shown_and_its_phrases_are_not_labelled():
 
 @pytest.fixture(scope="module")
 def packed():
-    return rows(Labeller(AutoTokenizer.from_pretrained(resolve("embedded/judge"))), Random(0), [])
+    labeller = Labeller(AutoTokenizer.from_pretrained(resolve("embedded/judge")))
+    drawn = (rows(labeller, Random(seed), []) for seed in range(100))
+    return next(found for found in drawn if all(any(row.kinds) for row in found))  # a group without a disguise
 
 
 def test_rows_hold_labels_for_every_token(packed):
