@@ -26,8 +26,11 @@ from deliberation.datasets import write_jsonl
 from deliberation.prompts import clean_statement, statement_prompt
 from deliberation.questions import load_questions, read_questions
 from deliberation.types import InputError, Rating
+from embedded.disguise import rephrased
 
 CONFIGS = Path(__file__).parent / "configs" / "embedded"
+IN_OTHER_WORDS = 0.5
+"""Share of PPO's groups whose opinions stand in phrases and sentences that the citizens do not use."""
 
 
 @dataclass
@@ -163,9 +166,12 @@ def good_statements(groups: Sequence[Group], ratings: Sequence[Rating], at_least
     return rows
 
 
-def write_deliberations(path: Path, groups: Sequence[Group]) -> None:
-    """Groups as the rows PPO reads."""
-    rows = [asdict(g.deliberation(f"{path.stem}-{k}")) for k, g in enumerate(groups)]
+def write_deliberations(path: Path, groups: Sequence[Group], in_other_words: float = 0.0) -> None:
+    """Groups as the rows PPO reads, a share of them in phrases and sentences that the citizens do not use."""
+    rng, rows = Random(path.stem), []
+    for k, group in enumerate(groups):
+        said = group.deliberation(f"{path.stem}-{k}")
+        rows.append(asdict(rephrased(said, group, rng) if rng.random() < in_other_words else said))
     write_jsonl(path, rows)
 
 
@@ -306,7 +312,8 @@ def _ppo(stages: Stages, config: DemoConfig, out: Path, data: Path, log: Path) -
     with stages("ppo", title) as result:
         train = draw_groups("train", config.ppo_groups, f"ppo {config.seed}")
         held_out = draw_groups("validation", config.eval_groups, f"eval {config.seed}", held_out=True)
-        write_deliberations(data / "deliberations.jsonl", train)
+        # a policy trained on the citizens' own sentences alone forgets how to take up what people type
+        write_deliberations(data / "deliberations.jsonl", train, in_other_words=IN_OTHER_WORDS)
         write_deliberations(data / "eval_deliberations.jsonl", held_out)
         updates = {} if config.ppo_updates is None else {"max_steps": config.ppo_updates}
         ppo = stage_config(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from deliberation.citizens import Group, Wish
 from deliberation.lexicon import load_lexicon
+from deliberation.types import Deliberation
+from embedded.leads import own_leads
 from embedded.phrases import clause, noun_phrase
 from embedded.words import Pieces, foreign_words, rename
 
@@ -109,3 +111,10 @@ def _wordings(wish: Wish) -> list[str]:
 def shown_opinions(group: Group, disguise: Disguise) -> list[str]:
     """The members' opinions as a model sees them."""
     return [disguise.show(c.opinion) for c in group.citizens]
+
+
+def rephrased(deliberation: Deliberation, group: Group, rng: Random) -> Deliberation:
+    """A group's deliberation in other words: disguised, its sentences said otherwise."""
+    disguise = draw_disguise(group, rng)
+    opinions = tuple(own_leads(shown_opinions(group, disguise), rng))
+    return replace(deliberation, question=disguise.show(group.question.text), opinions=opinions)

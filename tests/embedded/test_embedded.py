@@ -15,7 +15,7 @@ from deliberation.recogniser import read
 from deliberation.writer import balanced, write_statement
 from embedded import resolve
 from embedded.corpus import training_group, writer_document
-from embedded.disguise import Disguise, draw_disguise, shown_opinions
+from embedded.disguise import Disguise, draw_disguise, rephrased, shown_opinions
 from embedded.leads import own_leads
 from embedded.ratings import AUX, KINDS, MEMBERS, STATEMENTS, WORDING, Labeller, _shown, make_row, rows, say_again
 from embedded.train_judge import Judge, collate, losses
@@ -83,6 +83,15 @@ def test_a_disguise_is_read_back_as_it_was():
                 (i.kind, i.words, i.value) for i in after.items
             ]
     assert shown_otherwise > 300
+
+
+def test_a_rephrased_deliberation_keeps_its_members_and_shows_no_known_opinion():
+    group = draw_group(load_questions("train")[0], Random(0))
+    said = group.deliberation("d")
+    found = [rephrased(said, group, Random(seed)) for seed in range(10)]
+    assert all(d.id == "d" and len(d.opinions) == len(said.opinions) for d in found)
+    assert sum(set(d.opinions).isdisjoint(said.opinions) for d in found) >= 8
+    assert rephrased(said, group, Random(3)) == found[3]
 
 
 def test_what_an_open_statement_takes_up_stands_in_the_prompt():
