@@ -93,6 +93,8 @@ def load_policy(
     base = resolve(PeftConfig.from_pretrained(path).base_model_name_or_path) if is_adapter else path
     if is_adapter:
         _check_folder(base)
+    if Path(base).is_dir():  # an adapter trained on it keeps this path, and must find it from any working directory
+        base = str(Path(base).resolve())
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     model = AutoModelForCausalLM.from_pretrained(

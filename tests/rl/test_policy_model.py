@@ -119,6 +119,18 @@ def adapted(model):
     return get_peft_model(model, lora).eval()
 
 
+def test_an_adapter_finds_its_base_from_any_working_directory(tmp_path, monkeypatch, tiny_policy, tiny_tokenizer):
+    save(tmp_path / "here" / "base", tiny_policy, tiny_tokenizer)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    peft = adapted(load_policy("base", device="cpu")[0])
+    peft.save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path / "there")
+    model, _ = load_policy(str(tmp_path / "adapter"), device="cpu")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(model(input_ids=ids).logits, peft(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("with_tokenizer", [True, False])
 def test_adapter_is_loaded_on_its_base(tmp_path, tiny_policy, tiny_tokenizer, with_tokenizer):
     base = save(tmp_path / "base", tiny_policy, tiny_tokenizer)
