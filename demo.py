@@ -312,7 +312,7 @@ def _ppo(stages: Stages, config: DemoConfig, out: Path, data: Path, log: Path) -
     with stages("ppo", title) as result:
         train = draw_groups("train", config.ppo_groups, f"ppo {config.seed}")
         held_out = draw_groups("validation", config.eval_groups, f"eval {config.seed}", held_out=True)
-        # a policy trained on the citizens' own sentences alone forgets how to take up what people type
+        # people who type are not citizens: the policy also practises on sentences of another kind
         write_deliberations(data / "deliberations.jsonl", train, in_other_words=IN_OTHER_WORDS)
         write_deliberations(data / "eval_deliberations.jsonl", held_out)
         updates = {} if config.ppo_updates is None else {"max_steps": config.ppo_updates}

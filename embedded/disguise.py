@@ -58,19 +58,15 @@ def _replace_phrases(text: str, phrases: dict[str, str]) -> str:
     """``text`` with whole phrases replaced, longest first, a capital at the start kept."""
     if not phrases:
         return text
-    known = "|".join(re.escape(p) for p in sorted(phrases, key=len, reverse=True))
+    longest_first = sorted(phrases, key=len, reverse=True)
+    known = "|".join(f"[{p[0].lower()}{p[0].upper()}]{re.escape(p[1:])}" for p in longest_first)
 
     def replacement(found: re.Match[str]) -> str:
         old = found.group()
         new = phrases.get(old) or phrases[f"{old[0].lower()}{old[1:]}"]
         return f"{new[0].upper()}{new[1:]}" if old[0].isupper() else new
 
-    return re.sub(rf"\b(?:{_either_case(known)})\b", replacement, text)
-
-
-def _either_case(pattern: str) -> str:
-    """Alternatives whose first letter may be a capital."""
-    return "|".join(f"[{p[0].lower()}{p[0].upper()}]{p[1:]}" for p in pattern.split("|"))
+    return re.sub(rf"\b(?:{known})\b", replacement, text)
 
 
 def wishes_of(group: Group) -> Iterator[Wish]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from deliberation.types import InputError
-from demo import DemoConfig, _clear
+from demo import DemoConfig, _clear, draw_groups, write_deliberations
 
 
 def test_a_folder_that_no_demo_made_is_refused_and_kept(tmp_path: Path):
@@ -39,3 +40,14 @@ def test_a_policy_is_trained_rated_compared_and_served_at_one_temperature():
     assert ppo.temperature == compare.temperature == serve.temperature
     assert compare.top_p == serve.top_p == 1.0  # PPO's rollouts are pure samples
     assert ppo.max_completion_length == compare.max_new_tokens == serve.max_new_tokens
+
+
+def test_a_share_of_ppos_groups_speaks_in_other_words(tmp_path):
+    groups = draw_groups("train", 40, "other words")
+    plain, mixed = tmp_path / "plain.jsonl", tmp_path / "mixed.jsonl"
+    write_deliberations(plain, groups)
+    write_deliberations(mixed, groups, in_other_words=0.5)
+    said, other = ([json.loads(line)["opinions"] for line in path.read_text().splitlines()] for path in (plain, mixed))
+    assert said == [[c.opinion for c in g.citizens] for g in groups]
+    assert [len(o) for o in other] == [len(s) for s in said]
+    assert 10 <= sum(o != s for o, s in zip(other, said, strict=True)) <= 30
