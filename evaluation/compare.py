@@ -36,7 +36,7 @@ from evaluation.report import print_table, write_report
 from reward.measures import accuracies
 from reward.preference import PreferenceModel, fingerprint
 from reward.scoring import score
-from reward.welfare import parse_alpha
+from reward.welfare import parse_welfare
 from rl.logs import read_log
 from rl.policy import Sample, load_policy, sample, sequence_logprobs
 
@@ -65,7 +65,7 @@ class CompareConfig:
     ppo_log: str | None = None
     """JSONL log of the PPO run, for the report's learning curves."""
     welfare: str = "nash"
-    """Welfare function that chooses among candidates: utilitarian, nash, rawlsian or a number."""
+    """Welfare function that chooses among candidates: utilitarian, nash, rawlsian, a number, p10 or trimmed."""
     num_candidates: int = 16
     """Candidates a policy and deliberation; names the best-of arms."""
     num_deliberations: int = 200
@@ -287,7 +287,7 @@ def main(config: CompareConfig, earlier: Mapping[str, float] | None = None) -> d
     for name in ("sft_model", "ppo_model", "preference_model"):
         if not getattr(config, name):
             raise InputError(name, "", "name the folder (see `consensus compare --help`)")
-    parse_alpha(config.welfare)
+    parse_welfare(config.welfare, clusters=False)
     history = read_history(config.ppo_log)
     questions = read_questions(config.questions) if config.questions else load_questions("test")
     watch = Stopwatch()

@@ -23,7 +23,7 @@ from deliberation.types import InputError
 from evaluation import measures
 from evaluation.judging import GoldRater, Judged, Sampled, judge
 from evaluation.measures import Array, Estimate
-from reward.welfare import parse_alpha
+from reward.welfare import parse_welfare
 
 PREFERENCE_KEYS = ("accuracy", "ceiling", "correlation", "longest", "overlap")
 
@@ -63,7 +63,7 @@ def compare(
     Args:
         sampled: one entry a deliberation; all with the same number of candidates.
         gold: rates any text for the members of ``sampled[index]``.
-        welfare: the run's welfare function (name or alpha). Selects in the best-of arms.
+        welfare: the run's welfare function (name or alpha; not ``worst_cluster``). Selects in the best-of arms.
         preference: held-out figures of the preference model, with ``PREFERENCE_KEYS`` at least (None = undefined).
         versions, seconds: short hashes by part, wall time by stage; passed through.
         seed: of the bootstrap.
@@ -77,9 +77,9 @@ def compare(
         InputError: on no deliberations, unequal pools, an unknown welfare, or gold ratings off the scale.
     """
     size = _check(sampled, preference)
-    alpha = parse_alpha(welfare)
+    function = parse_welfare(welfare, clusters=False)
     # 1. Judge all statements of all deliberations, with and without the one-person's-voice penalty.
-    both = [judge(i, one, gold, alpha) for i, one in enumerate(sampled)]
+    both = [judge(i, one, gold, function) for i, one in enumerate(sampled)]
     judged, unpenalised = [a for a, _ in both], [b for _, b in both]
     counts = measures.bootstrap_counts(len(judged), draws=draws, seed=seed)
     # 2. Arms, pairs and best-of-n curves; 3. the first two again without the penalty.

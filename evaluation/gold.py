@@ -14,7 +14,7 @@ from deliberation.prompts import clean_statement
 from deliberation.recogniser import read
 from deliberation.types import InputError, Question, Rating
 from evaluation.measures import Array
-from reward.welfare import parse_alpha
+from reward.welfare import parse_welfare
 from reward.welfare import welfare as aggregate
 
 
@@ -91,7 +91,7 @@ def make_gold_observer(groups: Sequence[Group], welfare: str | float) -> Callabl
         groups: the groups it knows, found again by question and opinions; others are passed over.
         welfare: the run's welfare function.
     """
-    alpha = parse_alpha(welfare)
+    function = parse_welfare(welfare, clusters=False)
     places = {(g.question.text, tuple(c.opinion for c in g.citizens)): i for i, g in enumerate(groups)}
     gold = CitizenGold(groups)
 
@@ -104,7 +104,7 @@ def make_gold_observer(groups: Sequence[Group], welfare: str | float) -> Callabl
             place = places.get((asked, tuple(said)))
             if place is not None:
                 text = completion if isinstance(completion, str) else completion[-1]["content"]
-                found.append(float(aggregate(gold.rate(place, [clean_statement(text)]).agreement[:, 0], alpha)))
+                found.append(float(aggregate(gold.rate(place, [clean_statement(text)]).agreement[:, 0], function)))
         if found:
             log_metric("gold_welfare", float(np.mean(found)))
         return [None] * len(completions)

@@ -102,7 +102,7 @@ class Judged:
     policy_kl: dict[str, float]
 
 
-def judge(index: int, one: Sampled, gold: GoldRater, alpha: float) -> tuple[Judged, Judged]:
+def judge(index: int, one: Sampled, gold: GoldRater, function: str | float) -> tuple[Judged, Judged]:
     """One deliberation with and without the one-person's-voice penalty."""
     statements = (one.base, *one.sft, *one.ppo, *one.deliberation.opinions)
     ratings = gold.rate(index, statements)
@@ -115,26 +115,28 @@ def judge(index: int, one: Sampled, gold: GoldRater, alpha: float) -> tuple[Judg
     agreement, quality, *without = (np.asarray(getattr(ratings, name), dtype=np.float64) for name in names)
     bare_agreement, bare_quality = without
     return (
-        _variant(one, statements, agreement, quality, alpha),
-        _variant(one, statements, bare_agreement, bare_quality, alpha),
+        _variant(one, statements, agreement, quality, function),
+        _variant(one, statements, bare_agreement, bare_quality, function),
     )
 
 
-def _variant(one: Sampled, statements: tuple[str, ...], agreement: Array, quality: Array, alpha: float) -> Judged:
+def _variant(
+    one: Sampled, statements: tuple[str, ...], agreement: Array, quality: Array, function: str | float
+) -> Judged:
     """Measure every statement and choose each arm's."""
     size = len(one.sft)
     pools = {"sft": slice(1, 1 + size), "ppo": slice(1 + size, 1 + 2 * size)}
     values = {
         "mean": agreement.mean(axis=0),
         "min": agreement.min(axis=0),
-        "welfare": np.asarray(aggregate(agreement, alpha)),
+        "welfare": np.asarray(aggregate(agreement, function)),
         "quality": quality.mean(axis=0),
         "unanimity": measures.unanimous(agreement),
         "length": np.array([measures.words(s) for s in statements], dtype=np.float64),
     }
     predicted = {
-        "sft": np.asarray(aggregate(np.asarray(one.sft_utilities, dtype=np.float64), alpha)),
-        "ppo": np.asarray(aggregate(np.asarray(one.ppo_utilities, dtype=np.float64), alpha)),
+        "sft": np.asarray(aggregate(np.asarray(one.sft_utilities, dtype=np.float64), function)),
+        "ppo": np.asarray(aggregate(np.asarray(one.ppo_utilities, dtype=np.float64), function)),
     }
     policy_kl = {"sft": 0.0, "ppo": _mean_or_nan(one.ppo_log_ratios)}
     best = {policy: int(predicted[policy].argmax()) for policy in pools}

@@ -18,7 +18,7 @@ from deliberation.prompts import clean_statement
 from deliberation.types import RATING_SCALE, InputError
 from reward.preference import PreferenceModel
 from reward.scoring import Scores, score
-from reward.welfare import parse_alpha
+from reward.welfare import parse_welfare
 from reward.welfare import welfare as group_welfare
 
 LOWEST_UTILITY = float(RATING_SCALE[0])
@@ -49,7 +49,7 @@ def make_group_reward(scorer: Scorer, welfare: str | float) -> Callable[..., Awa
     Raises:
         InputError: field ``welfare``.
     """
-    alpha = parse_alpha(welfare)
+    function = parse_welfare(welfare)
 
     async def group_reward(
         prompts: Sequence[Any],
@@ -58,6 +58,7 @@ def make_group_reward(scorer: Scorer, welfare: str | float) -> Callable[..., Awa
         question: Sequence[str],
         opinions: Sequence[Sequence[str]],
         weights: Sequence[Sequence[float] | None] | None = None,
+        clusters: Sequence[Sequence[str | int]] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
@@ -66,14 +67,20 @@ def make_group_reward(scorer: Scorer, welfare: str | float) -> Callable[..., Awa
         Args:
             prompts: not read; the policy may have been shown fewer opinions than the reward judges by.
             completions: texts, or lists of messages.
-            question, opinions, weights: one entry a completion; weights None counts all members alike.
+            question, opinions, weights, clusters: one entry a completion; weights None counts all members alike;
+                clusters, one label a member, are needed by ``worst_cluster``.
             log_metric: receives ``rewards/member_{i}/mean`` and ``rewards/worst_member/mean``.
 
         Raises:
             InputError: if a column's length is not that of the completions, or a group or weight is bad.
         """
         rows = len(completions)
-        for name, column in (("question", question), ("opinions", opinions), ("weights", weights)):
+        for name, column in (
+            ("question", question),
+            ("opinions", opinions),
+            ("weights", weights),
+            ("clusters", clusters),
+        ):
             if column is not None and len(column) != rows:
                 raise InputError(name, f"{len(column)} rows", f"give one a completion ({rows})")
         statements = [clean_statement(_text(completion)) for completion in completions]
@@ -81,7 +88,9 @@ def make_group_reward(scorer: Scorer, welfare: str | float) -> Callable[..., Awa
         if log_metric is not None and rows:
             _log(utilities, log_metric)
         row_weights = weights if weights is not None else [None] * rows
-        return [float(group_welfare(u, alpha, w)) for u, w in zip(utilities, row_weights, strict=True)]
+        row_clusters = clusters if clusters is not None else [None] * rows
+        groups = zip(utilities, row_weights, row_clusters, strict=True)
+        return [float(group_welfare(u, function, w, c)) for u, w, c in groups]
 
     return group_reward
 

@@ -1,17 +1,37 @@
 """Welfare: the utilities of a group's members as one number (numpy alone).
 
-The isoelastic power mean of Bakker et al. 2022 (arXiv 2211.15006, section 2.3), with member weights w, sum w = 1:
+Of members' utilities u with weights w (sum 1):
 
-    W_a(u) = (sum_i w_i u_i^(1-a))^(1/(1-a)),   a = 1: exp(sum_i w_i log u_i),   a = inf: min_i u_i
+* *isoelastic*, by inequality aversion a in [0, inf] (Bakker et al. 2022, arXiv 2211.15006, section 2.3):
+  W_a(u) = (sum_i w_i u_i^(1-a))^(1/(1-a)), a = 1: exp(sum_i w_i log u_i), a = inf: min_i u_i.
+  ``utilitarian`` (0), ``nash`` (1), ``rawlsian`` (inf).
+* ``p10``, for large groups: the lower 10 % quantile, the smallest u such that members of a tenth of the weight have
+  u or less. In a group of ten or fewer equal members it is the minimum.
+* ``trimmed``, of bounded influence: the mean of what is left when a tenth of the weight is cut off at either end
+  (Huber 1981, *Robust Statistics*, section 3.3). Members of at most a tenth of the weight cannot move it beyond the
+  others, whatever they say.
+* ``worst_cluster``: the lowest mean of any cluster of members (max-min over groups, Chakraborty et al. 2024,
+  arXiv 2402.08925).
 
-``a`` (alpha) is the inequality aversion, in [0, inf]. W has the unit of u and lies between min u and max u.
+Each has the unit of u and lies between min u and max u. What each keeps (tests/reward/test_welfare.py):
+
+| axiom | isoelastic | p10 | trimmed | worst_cluster |
+|---|---|---|---|---|
+| anonymity: who holds a utility does not matter | yes | yes | yes | only inside a cluster |
+| neutrality: a statement's welfare is its own | yes | yes | yes | yes |
+| monotone: nobody's gain lowers it | yes | yes | yes | yes |
+| weak Pareto: everybody's gain raises it | yes | yes | yes | yes |
+| strict Pareto: anybody's gain raises it | finite a, u > 0 | no | no | no |
+| replication: k copies of each member change nothing | yes | yes | yes | yes |
+| scale: W(c u) = c W(u), c > 0 | yes | yes | yes | yes |
+| shift: W(u + c) = W(u) + c | a = 0, inf | yes | yes | yes |
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,21 +39,32 @@ from numpy.typing import ArrayLike, NDArray
 from deliberation.types import InputError
 
 ALPHAS = {"utilitarian": 0.0, "nash": 1.0, "rawlsian": math.inf}
-"""The named welfare functions and their inequality aversion."""
+"""The named isoelastic functions and their inequality aversion."""
+FUNCTIONS = (*ALPHAS, "p10", "trimmed", "worst_cluster")
+"""Every welfare function that has a name."""
+TAIL = 0.1
+"""Share of the members' weight below ``p10``, and cut off at either end by ``trimmed``."""
 
 _NEAR_ONE = 1e-6
 """Closer to 1 than this, alpha gets the geometric mean: the power form would divide rounding errors by ~0."""
+_ROUNDING = 1e-9
+"""What cumulated shares may miss by."""
 
 
-def parse_alpha(welfare: str | float) -> float:
-    """Inequality aversion from a name (``nash``), a number or a numeric string (``"0.5"``, ``"inf"``).
+def parse_welfare(welfare: str | float, *, clusters: bool = True) -> str | float:
+    """A welfare function: inequality aversion of the isoelastic ones, else the name.
+
+    Args:
+        welfare: a name of ``FUNCTIONS``, a number from 0, or a numeric string (``"0.5"``, ``"inf"``).
+        clusters: whether the caller knows the members' clusters; without them ``worst_cluster`` is refused.
 
     Raises:
         InputError: field ``welfare``, on an unknown name, a negative number or NaN.
     """
-    mend = f"must be one of {', '.join(ALPHAS)}, or a number from 0 to inf"
-    if isinstance(welfare, str) and welfare.strip().lower() in ALPHAS:
-        return ALPHAS[welfare.strip().lower()]
+    known = FUNCTIONS if clusters else tuple(name for name in FUNCTIONS if name != "worst_cluster")
+    mend = f"must be one of {', '.join(known)}, or a number from 0 to inf"
+    if isinstance(welfare, str) and (name := welfare.strip().lower()) in known:
+        return ALPHAS.get(name, name)
     if isinstance(welfare, bool):
         raise InputError("welfare", welfare, mend)
     try:
@@ -46,22 +77,27 @@ def parse_alpha(welfare: str | float) -> float:
 
 
 def welfare(
-    utilities: ArrayLike, alpha: str | float, weights: Sequence[float] | None = None
+    utilities: ArrayLike,
+    function: str | float,
+    weights: Sequence[float] | None = None,
+    clusters: Sequence[Hashable] | None = None,
 ) -> float | NDArray[np.float64]:
     """Welfare of one statement (utilities [members] -> float) or of many ([members, statements] -> [statements]).
 
-    Domain: any finite utility for alpha 0 and inf; for every other alpha utilities must not be negative. A utility
-    of exactly 0 with alpha >= 1 gives the limit, 0, and a warning.
+    Domain: any finite utility, but for isoelastic functions other than alpha 0 and inf utilities must not be negative.
+    A utility of exactly 0 with alpha >= 1 gives the limit, 0, and a warning.
 
     Args:
         utilities: members along the first axis.
-        alpha: inequality aversion, or a name; see ``parse_alpha``.
+        function: a name, or an inequality aversion; see ``parse_welfare``.
         weights: one number >= 0 a member, any positive sum; a member of weight 0 does not count. None: equal.
+        clusters: one label a member, needed by ``worst_cluster`` and not read by the others.
 
     Raises:
-        InputError: field ``utilities`` (empty, not finite, wrong shape, negative), ``weights`` or ``welfare``.
+        InputError: field ``utilities`` (empty, not finite, wrong shape, negative), ``weights``, ``clusters`` or
+            ``welfare``.
     """
-    a = parse_alpha(alpha)
+    chosen = parse_welfare(function)
     u = np.asarray(utilities, dtype=np.float64)
     if u.ndim not in (1, 2):
         raise InputError("utilities", u.shape, "must have shape [members] or [members, statements]")
@@ -70,10 +106,29 @@ def welfare(
     if not np.isfinite(u).all():
         raise InputError("utilities", float(u[~np.isfinite(u)][0]), "must be finite")
     w = _shares(weights, u.shape[0])
-    u, w = u[w > 0], w[w > 0]
-    columns = u if u.ndim == 2 else u[:, None]
-    result = np.clip(_power_mean(columns, w, a), columns.min(axis=0), columns.max(axis=0))  # rounding stays inside
+    labels = _labels(clusters, u.shape[0]) if chosen == "worst_cluster" else None
+    counted = w > 0
+    columns, w = (u if u.ndim == 2 else u[:, None])[counted], w[counted]
+    with np.errstate(over="ignore"):  # shares that sum to 1 + 1e-16 overflow at the end of float64; the clip mends it
+        if labels is not None:
+            result = _worst_cluster(columns, w, labels[counted])
+        elif chosen == "p10":
+            result = _quantile(columns, w, TAIL)
+        elif chosen == "trimmed":
+            result = _trimmed_mean(columns, w, TAIL)
+        else:
+            result = _power_mean(columns, w, float(chosen))
+    result = np.clip(result, columns.min(axis=0), columns.max(axis=0))  # rounding stays inside
     return result if u.ndim == 2 else float(result[0])
+
+
+def _labels(clusters: Sequence[Hashable] | None, members: int) -> NDArray[np.int64]:
+    """Cluster labels [members] as numbers."""
+    if clusters is None or len(clusters) != members:
+        given = None if clusters is None else f"{len(clusters)} labels"
+        raise InputError("clusters", given, f"worst_cluster needs one label a member ({members})")
+    numbers = {label: k for k, label in enumerate(dict.fromkeys(clusters))}
+    return np.array([numbers[label] for label in clusters], dtype=np.int64)
 
 
 def _shares(weights: Sequence[float] | None, members: int) -> NDArray[np.float64]:
@@ -110,3 +165,33 @@ def _power_mean(u: NDArray[np.float64], w: NDArray[np.float64], a: float) -> NDA
         total = w @ np.exp((1 - a) * (logs - np.where(zero, 0.0, pivot)))
         power_mean = np.exp(np.where(zero, 0.0, pivot) + np.log(total) / (1 - a))
     return np.where(zero, 0.0, power_mean)
+
+
+def _cumulated(u: NDArray[np.float64], w: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Utilities [members, statements] in ascending order and the share of the weight up to each."""
+    order = np.argsort(u, axis=0, kind="stable")
+    return np.take_along_axis(u, order, axis=0), np.cumsum(w[order], axis=0)
+
+
+def _quantile(u: NDArray[np.float64], w: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    """The smallest utility that members of ``share`` of the weight do not exceed -> [statements]."""
+    ascending, cumulated = _cumulated(u, w)
+    first = (cumulated >= share - _ROUNDING).argmax(axis=0)
+    return np.take_along_axis(ascending, first[None], axis=0)[0]
+
+
+def _trimmed_mean(u: NDArray[np.float64], w: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    """Mean of the utilities between the ``share`` and ``1 - share`` quantiles, cut members counted in part."""
+    ascending, cumulated = _cumulated(u, w)
+    edges = np.vstack([np.zeros(u.shape[1]), cumulated])
+    for cut in (share, 1 - share):  # a rest of 1e-17 of a member would let an outlier in
+        edges[np.abs(edges - cut) < _ROUNDING] = cut
+    edges = np.clip(edges, share, 1 - share)
+    kept = np.diff(edges, axis=0) / (1 - 2 * share)
+    return (kept * ascending).sum(axis=0)
+
+
+def _worst_cluster(u: NDArray[np.float64], w: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The lowest of the clusters' mean utilities -> [statements]."""
+    means = [w[labels == k] / w[labels == k].sum() @ u[labels == k] for k in np.unique(labels)]
+    return np.min(means, axis=0)

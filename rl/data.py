@@ -10,6 +10,9 @@ from typing import Any
 from deliberation.prompts import one_line, statement_prompt
 from deliberation.types import Deliberation, InputError, check_text
 
+MEMBER_COLUMNS = ("weights", "clusters")
+"""Optional columns of the deliberations PPO trains on: one entry a member."""
+
 
 def checked_row(row: dict[str, Any], index: int, source: str) -> Deliberation:
     """The row's question and opinions as a checked ``Deliberation``.
@@ -53,10 +56,10 @@ def sft_pairs(
 
 
 def ppo_prompts(rows: Sequence[dict[str, Any]], source: str = "deliberations") -> list[dict]:
-    """Rows with question, opinions (and optional weights) as ``PPOTrainer`` reads them: with a ``prompt``.
+    """Rows with question, opinions (and optional weights, clusters) as ``PPOTrainer`` reads them: with a ``prompt``.
 
     Raises:
-        InputError: on no rows, an empty group, an empty or over-long text or bad weights, naming the row.
+        InputError: on no rows, an empty group, an empty or over-long text, bad weights or clusters, naming the row.
     """
     if not rows:
         raise InputError(source, "0 rows", "give at least one row")
@@ -65,13 +68,22 @@ def ppo_prompts(rows: Sequence[dict[str, Any]], source: str = "deliberations") -
         deliberation = checked_row(row, i, source)
         opinions = list(deliberation.opinions)
         prompt = statement_prompt(deliberation.question, opinions)
-        columns = {"weights": row["weights"]} if row.get("weights") is not None else {}
-        if columns:
+        columns = {name: row[name] for name in MEMBER_COLUMNS if row.get(name) is not None}
+        if "weights" in columns:
             _check_weights(f"{source} row {i}: weights", row["weights"], len(opinions))
+        if "clusters" in columns:
+            _check_clusters(f"{source} row {i}: clusters", row["clusters"], len(opinions))
         made.append({"prompt": prompt, "question": deliberation.question, "opinions": opinions, **columns})
-    if len({"weights" in row for row in made}) > 1:
-        raise InputError(f"{source}: weights", None, "give weights in every row or in none")
+    for name in MEMBER_COLUMNS:
+        if len({name in row for row in made}) > 1:
+            raise InputError(f"{source}: {name}", None, f"give {name} in every row or in none")
     return made
+
+
+def _check_clusters(field: str, clusters: Any, members: int) -> None:
+    labels = clusters if isinstance(clusters, list | tuple) else ()
+    if len(labels) != members or not all(isinstance(label, str | int) for label in labels):
+        raise InputError(field, clusters, f"must be a list of one label (text or integer) a member ({members})")
 
 
 def _check_weights(field: str, weights: Any, members: int) -> None:

@@ -39,7 +39,7 @@ from deliberation.types import InputError
 from embedded import resolve
 from reward.group_reward import LocalScorer, Scorer, make_group_reward
 from reward.preference import PreferenceModel, check_folder
-from reward.welfare import parse_alpha
+from reward.welfare import parse_welfare
 from rl.data import ppo_prompts
 from rl.policy import check_model_keys, load_from_keys
 from rl.ppo_config import PPOConfig
@@ -57,7 +57,7 @@ class PPOScriptConfig(PPOConfig, ModelConfig):
     """Keys of ``PPOConfig`` and of ``trl.ModelConfig`` (model, attention, LoRA), and those that wire them up."""
 
     deliberations: str | None = None
-    """Training data: a JSONL or Parquet file with the columns question, opinions (and optional weights)."""
+    """Training data: a JSONL or Parquet file with the columns question, opinions (and optional weights, clusters)."""
 
     eval_deliberations: str | None = None
     """The same, of held-out topics; needed for an ``eval_strategy``."""
@@ -66,7 +66,8 @@ class PPOScriptConfig(PPOConfig, ModelConfig):
     """Folder of the preference model that scores statements for every member."""
 
     welfare: str = "nash"
-    """How members' utilities become one reward: utilitarian, nash, rawlsian or an inequality aversion >= 0."""
+    """How members' utilities become one reward: utilitarian, nash, rawlsian, an inequality aversion >= 0, p10, trimmed
+    or worst_cluster (which needs the column clusters)."""
 
     reward_actors: int = 0
     """Ray actors that host the preference model; 0 keeps it in the training process."""
@@ -85,7 +86,7 @@ class PPOScriptConfig(PPOConfig, ModelConfig):
         ModelConfig.__post_init__(self)
         super().__post_init__()
         check_model_keys(self)
-        parse_alpha(self.welfare)
+        parse_welfare(self.welfare)
         if self.reward_actors < 0:
             raise InputError("reward_actors", self.reward_actors, "must be 0 or more")
 
@@ -180,7 +181,8 @@ def train_ppo(
     """Optimise the policy for the group's welfare and save it to ``config.output_dir``.
 
     Args:
-        rows: question, opinions (optional weights) of every deliberation; None reads ``config.deliberations``.
+        rows: question, opinions (optional weights, clusters) of every deliberation; None reads
+            ``config.deliberations``.
         eval_rows: the same, held out; None reads ``config.eval_deliberations`` if it is set.
         callbacks: Trainer callbacks.
         observers: reward functions that return None for every completion: they see and log, and reward nothing.
@@ -196,6 +198,9 @@ def train_ppo(
     if eval_rows is None and config.eval_deliberations:
         eval_rows = _table("eval_deliberations", config.eval_deliberations)
     held_out = None if eval_rows is None else ppo_prompts(eval_rows, "eval_deliberations")
+    for source, prompts in (("deliberations", train), ("eval_deliberations", held_out)):
+        if prompts and parse_welfare(config.welfare) == "worst_cluster" and "clusters" not in prompts[0]:
+            raise InputError(f"{source}: clusters", None, "worst_cluster needs them: give one label a member")
     check_folder(_preference_path(config))
     model, tokenizer = load_from_keys(config)
     value_model = value_model_from(_preference_path(config), tokenizer) if config.separate_value_model else None

@@ -136,7 +136,7 @@ def make_plan(
 
     Args:
         n: candidates, 1 to ``checks.MAX_CANDIDATES``.
-        welfare: ``utilitarian``, ``nash``, ``rawlsian`` or alpha >= 0 (``"inf"`` too).
+        welfare: a name (``worst_cluster`` excepted), or alpha >= 0 (``"inf"`` too).
         seed: 0 to ``checks.MAX_SEED``; decides orders and samples.
         reshuffle: draw an order for each sample instead of one for all. Equal orders still share a prefill.
 
@@ -249,7 +249,7 @@ def choose(plan: Plan, drafts: Sequence[Draft], judgement: Judgement) -> Consens
     utilities[:, scored] = judgement.utilities
     column = {place: i for i, place in enumerate(scored)}
     # 2. Welfare and winner under the function asked for, and under the three named ones.
-    values = np.asarray(welfare(utilities, plan.used.alpha))
+    values = np.asarray(welfare(utilities, plan.used.function))
     best = best_index(values, scored)
     winners = {name: _winner(texts, utilities, alpha, scored) for name, alpha in ALPHAS.items()}
     # 3. The members' view of the winner.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deliberation.prompts import one_line
 from deliberation.types import InputError, check_text
-from reward.welfare import ALPHAS, parse_alpha
+from reward.welfare import ALPHAS, parse_welfare
 from serving.result import WelfareUsed
 
 MAX_CANDIDATES = 64
@@ -37,16 +37,21 @@ def check_seed(seed: object) -> int:
 
 
 def check_welfare(value: object) -> str | float:
-    """Return ``value`` if it names a welfare function or is an alpha >= 0; InputError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise InputError("welfare", value, f"must be one of {', '.join(ALPHAS)} or a number >= 0")
-    if isinstance(value, int) and value > 1e300:  # too long for a float; parse_alpha takes what a float can hold
+    """Return ``value`` if it names a welfare function or is an alpha >= 0; InputError otherwise.
+
+    ``worst_cluster`` is refused: a request does not say which members form a cluster.
+    """
+    if not isinstance(value, (str, int, float)):
+        raise InputError("welfare", value, "must be the name of a welfare function or a number >= 0")
+    if isinstance(value, int) and value > 1e300:  # too long for a float; parse_welfare takes what a float can hold
         raise InputError("welfare", f"{str(value)[:20]}...", 'is too large; write "inf" for the worst-off member')
-    parse_alpha(value)
+    parse_welfare(value, clusters=False)
     return value
 
 
 def welfare_used(value: str | float) -> WelfareUsed:
     """Name and alpha of a welfare function, e.g. ``"nash"`` and ``1`` both give ``("nash", 1.0)``."""
-    alpha = parse_alpha(check_welfare(value))
-    return WelfareUsed(next((name for name, known in ALPHAS.items() if known == alpha), None), alpha)
+    chosen = parse_welfare(check_welfare(value))
+    if isinstance(chosen, str):
+        return WelfareUsed(chosen, None)
+    return WelfareUsed(next((name for name, known in ALPHAS.items() if known == chosen), None), chosen)

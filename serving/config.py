@@ -39,7 +39,8 @@ class ServeConfig:
     """Further policies, each ``NAME=FOLDER``; a request picks one by ``"policy": "NAME"``."""
 
     welfare: str = "nash"
-    """Welfare function of requests that name none: ``utilitarian``, ``nash``, ``rawlsian`` or alpha >= 0."""
+    """Welfare function of requests that name none: ``utilitarian``, ``nash``, ``rawlsian``, alpha >= 0, ``p10`` or
+    ``trimmed``."""
 
     num_candidates: int = 16
     """Candidates of requests that bring no ``n``; 1 to 64."""

@@ -61,10 +61,16 @@ class Winner:
 
 @dataclass(frozen=True)
 class WelfareUsed:
-    """The welfare function of a request: its name (None for an alpha without one) and alpha in [0, inf]."""
+    """The welfare function of a request: its name (None for an alpha without one) and alpha in [0, inf], where it is
+    isoelastic (None where it is not)."""
 
     name: str | None
-    alpha: float
+    alpha: float | None
+
+    @property
+    def function(self) -> str | float:
+        """What ``reward.welfare.welfare`` takes."""
+        return self.alpha if self.alpha is not None else str(self.name)
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,9 @@ class ConsensusRequest(_Model):
 
     welfare: Annotated[str | float, BeforeValidator(check_welfare)] | None = None
     """How the members' predicted agreement becomes one number: ``utilitarian`` (mean), ``nash`` (geometric mean),
-    ``rawlsian`` (worst-off member), or the inequality aversion alpha >= 0 (``"inf"`` allowed). Default: the
-    service's (nash)."""
+    ``rawlsian`` (worst-off member), the inequality aversion alpha >= 0 (``"inf"`` allowed); or, for large groups,
+    ``p10`` (10 % quantile) and ``trimmed`` (mean without the lowest and highest tenth). Default: the service's
+    (nash)."""
 
     policy: str = DEFAULT_POLICY
     """Name of the policy that writes the candidates; ``GET /healthz`` lists the names."""
@@ -89,10 +90,10 @@ class WelfareOut(_Model):
     """The welfare function that chose."""
 
     name: str | None
-    """``utilitarian``, ``nash``, ``rawlsian``, or null for another alpha."""
+    """``utilitarian``, ``nash``, ``rawlsian``, ``p10``, ``trimmed``, or null for another alpha."""
 
-    alpha: float | Literal["inf"]
-    """Inequality aversion: 0 utilitarian, 1 Nash, ``"inf"`` Rawlsian."""
+    alpha: float | Literal["inf"] | None
+    """Inequality aversion: 0 utilitarian, 1 Nash, ``"inf"`` Rawlsian; null for ``p10`` and ``trimmed``."""
 
 
 class CandidateOut(_Model):

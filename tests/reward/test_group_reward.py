@@ -96,6 +96,13 @@ def test_weights_are_per_row():
     np.testing.assert_allclose(rewards, [u.mean(), u[0], (u[1] + 3 * u[2]) / 4], rtol=1e-6)
 
 
+def test_clusters_are_per_row():
+    reward = make_group_reward(LocalScorer(MODEL), "worst_cluster")
+    u = score(MODEL, BUSES, RIDERS, ["Free."]).utilities[:, 0]
+    rewards = run(reward, ["Free."] * 2, [BUSES] * 2, [RIDERS] * 2, clusters=[["a", "a", "b"], [1, 2, 3]])
+    np.testing.assert_allclose(rewards, [min(u[:2].mean(), u[2]), u.min()], rtol=1e-6)
+
+
 def test_other_columns_are_ignored_and_metrics_logged():
     logged = {}
     run(
@@ -131,6 +138,7 @@ def test_no_rows_give_no_rewards():
         ({"weights": [[1, 1, 1]]}, "weights"),
         ({"opinions": [RIDERS, []]}, "opinions[1]"),
         ({"weights": [[1, 1, 1], [1]]}, "weights"),
+        ({"clusters": [[1, 1, 1]]}, "clusters"),
     ],
 )
 def test_bad_columns_are_refused_by_name(columns, field):

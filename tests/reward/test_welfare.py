@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deliberation.types import InputError
-from reward.welfare import ALPHAS, parse_alpha, welfare
+from reward.welfare import ALPHAS, parse_welfare, welfare
 
 positive = st.lists(st.floats(0.05, 50), min_size=1, max_size=8)
 alphas = st.one_of(
@@ -27,18 +27,27 @@ SLIDE_A, SLIDE_B = np.array([-10.0, 9.0, 10.0]), np.array([0.0, 3.0, 5.0])
 
 @pytest.mark.parametrize(
     "given_, alpha",
-    [("utilitarian", 0), ("Nash", 1), (" rawlsian ", math.inf), ("inf", math.inf), ("0.5", 0.5), (2, 2), (0, 0)],
+    [
+        *[("utilitarian", 0), ("Nash", 1), (" rawlsian ", math.inf), ("inf", math.inf), ("0.5", 0.5), (2, 2), (0, 0)],
+        *[("P10", "p10"), ("trimmed", "trimmed"), ("worst_cluster", "worst_cluster")],
+    ],
 )
-def test_parse_alpha_accepts_names_numbers_and_numeric_strings(given_, alpha):
-    assert parse_alpha(given_) == alpha
+def test_parse_welfare_accepts_names_numbers_and_numeric_strings(given_, alpha):
+    assert parse_welfare(given_) == alpha
 
 
 @pytest.mark.parametrize("bad", ["egal", "", -1, "-0.5", float("nan"), "nan", None, [1], True])
-def test_parse_alpha_refuses_the_rest_and_names_the_field(bad):
+def test_parse_welfare_refuses_the_rest_and_names_the_field(bad):
     with pytest.raises(InputError) as error:
-        parse_alpha(bad)
+        parse_welfare(bad)
     assert error.value.field == "welfare"
     assert "utilitarian" in error.value.mend
+
+
+def test_worst_cluster_is_no_choice_where_clusters_are_not_known():
+    with pytest.raises(InputError) as error:
+        parse_welfare("worst_cluster", clusters=False)
+    assert error.value.field == "welfare" and "worst_cluster" not in error.value.mend
 
 
 # --- the worked example of the slides, on raw scores (reference/paper.md section 2)

@@ -226,6 +226,23 @@ def test_bad_weights_are_named_before_training(weights):
     assert error.value.field == "eval_deliberations row 1: weights"
 
 
+@pytest.mark.parametrize("clusters", [["a"], ["a", None], ["a", 1.5], "ab"])
+def test_bad_clusters_are_named_before_training(clusters):
+    good = {**ROWS[0], "clusters": ["a", 2]}
+    assert ppo_prompts([good])[0]["clusters"] == ["a", 2]
+    with pytest.raises(InputError) as error:
+        ppo_prompts([good, {**ROWS[0], "clusters": clusters}])
+    assert error.value.field == "deliberations row 1: clusters"
+
+
+def test_worst_cluster_without_clusters_is_refused_before_training(tmp_path, folders):
+    config = settings(tmp_path, folders, welfare="worst_cluster")
+    with pytest.raises(InputError) as error:
+        train_ppo(config, ROWS)
+    assert error.value.field == "deliberations: clusters"
+    assert not Path(config.output_dir).exists()
+
+
 def test_weights_reach_the_reward(tmp_path, folders):
     first = []
     for weights in ([1.0, 1.0], [1.0, 0.0]):

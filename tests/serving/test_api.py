@@ -89,6 +89,11 @@ def test_the_answer_holds_together(client):
     assert answer["versions"]["policy_weights"].startswith("sha256:")
 
 
+def test_worst_cluster_is_refused_since_a_request_has_no_clusters(client):
+    refused = post(client, welfare="worst_cluster")
+    assert refused.status_code == 422 and "p10" in refused.text
+
+
 def test_same_seed_same_answer_alone_or_amid_others(client):
     first = post(client).json()
     post(client, seed=4)
@@ -119,12 +124,14 @@ def test_defaults_are_the_configurations(client):
         (0, {"name": "utilitarian", "alpha": 0.0}),
         ("0.5", {"name": None, "alpha": 0.5}),
         (2.5, {"name": None, "alpha": 2.5}),
+        ("p10", {"name": "p10", "alpha": None}),
+        ("trimmed", {"name": "trimmed", "alpha": None}),
     ],
 )
 def test_welfare_by_name_or_number(client, welfare, used):
     answer = post(client, welfare=welfare).json()
     assert answer["welfare_used"] == used
-    if used["name"]:
+    if used["name"] in answer["winners"]:
         assert answer["winners"][used["name"]]["index"] == answer["index"]
 
 
