@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from deliberation.types import Deliberation, InputError, Rating, Vote, is_hub_name
+from deliberation.types import Choice, Deliberation, InputError, Rank, Rating, Response, Vote, is_hub_name
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
@@ -35,12 +35,18 @@ def read_table(source: str | Path, columns: Sequence[str], split: str = "train")
         rows = _read_hub(str(source), split)
     if not rows:
         raise InputError("data", str(source), "holds no rows; give a table with at least one")
+    _check_columns(source, rows, columns)
+    return rows
+
+
+def _check_columns(source: str | Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
     for number, row in enumerate(rows, 1):
         for column in columns:
             if row.get(column) is None:
                 found = ", ".join(sorted(row))
-                raise InputError("data", f"{source}, row {number}", f"add the column {column!r} (found: {found})")
-    return rows
+                raise InputError(
+                    "data", f"{Path(source).name}, row {number}", f"add the column {column!r} (found: {found})"
+                )
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -108,10 +114,32 @@ def read_ratings(source: str | Path) -> list[Rating]:
     return [Rating(**{c: r[c] for c in RATING_COLUMNS}, topic=str(r.get("topic") or "")) for r in rows]
 
 
-def read_votes(source: str | Path) -> list[Vote]:
-    """Person-statement votes of a table with ``conversation_id``, ``participant_id``, ``statement_id``, ``vote``."""
-    columns = ("conversation_id", "participant_id", "statement_id", "vote")
-    return [Vote(*(r[c] for c in columns)) for r in read_table(source, columns)]
+MEMBER_COLUMNS = ("deliberation_id", "member", "question", "opinion")
+RESPONSES: dict[type, tuple[str, ...]] = {
+    Rating: ("statement", "agreement", "quality"),
+    Vote: ("statement", "vote"),
+    Rank: ("statement", "rank"),
+    Choice: ("chosen", "rejected"),
+}
+"""The columns that tell one kind of response from another."""
+
+
+def read_responses(source: str | Path) -> list[Response]:
+    """Ratings, votes, ranks or choices of a table, whichever its columns are (``topic`` may be left out).
+
+    Raises:
+        InputError: if the columns of no kind are all there, or a row is bad.
+    """
+    rows = read_table(source, MEMBER_COLUMNS)
+    kind = next((kind for kind, columns in RESPONSES.items() if set(columns) <= set(rows[0])), None)
+    if kind is None:
+        kinds = "; ".join(", ".join(columns) for columns in RESPONSES.values())
+        raise InputError(
+            "data", f"{source}: {', '.join(rows[0])}", f"has no response; give the columns of one: {kinds}"
+        )
+    columns = (*MEMBER_COLUMNS, *RESPONSES[kind])
+    _check_columns(source, rows, columns)
+    return [kind(**{c: r[c] for c in columns}, topic=str(r.get("topic") or "")) for r in rows]
 
 
 def split_by_topic(items: Sequence[Item], shares: Sequence[float], seed: int) -> list[list[Item]]:

@@ -149,17 +149,76 @@ class Rating:
 
 @dataclass(frozen=True)
 class Vote:
-    """One person's vote on one statement: 1 agree, -1 disagree, 0 pass (as in Polis exports).
+    """One member's vote on one statement: 1 agree, -1 disagree, 0 pass (as in Polis exports).
+
+    Attributes: as of ``Rating``, with ``vote`` in place of ``agreement`` and ``quality``.
 
     Raises:
-        InputError: on any other vote.
+        InputError: on any other vote or an empty text.
     """
 
-    conversation_id: str
-    participant_id: str
-    statement_id: str
+    deliberation_id: str
+    member: int
+    question: str
+    opinion: str
+    statement: str
     vote: int
+    topic: str = ""
 
     def __post_init__(self) -> None:
-        if self.vote not in (-1, 0, 1):
+        for name in ("question", "opinion", "statement"):
+            check_text(name, getattr(self, name))
+        if isinstance(self.vote, bool) or self.vote not in (-1, 0, 1):
             raise InputError("vote", self.vote, "must be 1 (agree), -1 (disagree) or 0 (pass)")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One statement's place in one member's ranking: 0 is the best, equal places are ties.
+
+    Attributes: as of ``Rating``, with ``rank`` in place of ``agreement`` and ``quality``.
+
+    Raises:
+        InputError: on a rank that is not an integer from 0, or an empty text.
+    """
+
+    deliberation_id: str
+    member: int
+    question: str
+    opinion: str
+    statement: str
+    rank: int
+    topic: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("question", "opinion", "statement"):
+            check_text(name, getattr(self, name))
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0:
+            raise InputError("rank", self.rank, "must be an integer from 0 (the best)")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One member's choice between two statements: ``chosen`` over ``rejected``.
+
+    Attributes: as of ``Rating``, with the two texts in place of ``statement`` and its ratings.
+
+    Raises:
+        InputError: on an empty text.
+    """
+
+    deliberation_id: str
+    member: int
+    question: str
+    opinion: str
+    chosen: str
+    rejected: str
+    topic: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("question", "opinion", "chosen", "rejected"):
+            check_text(name, getattr(self, name))
+
+
+Response = Rating | Vote | Rank | Choice
+"""What one member says of one or two statements; a preference model is fitted to any mixture of them."""

@@ -1,26 +1,27 @@
-"""Scores of all members for all statements, with every member's prefix computed once.
+"""Scores of all members for all statements, nothing computed twice.
 
-A row is one (member, statement): the member's prefix (question, opinion) and the statement as suffix. The prefix runs
-once and leaves its keys and values; the rows of that member attend to them. The same two functions, ``prefix_states``
-and ``suffix_scores``, serve training (with gradient) and scoring (without), so both see the same numbers.
-
-Exact for causal full attention only, so recurrent, convolutional and sliding-window models are refused.
+A row is one (member, statement): the member's prefix (question, opinion) and the statement as suffix, tokenised apart.
+Causal models run the question once, each prefix once, and each statement once a member after it (``prefixes``), and so
+do encoders fitted with prefix attention. Others read prefix and statement together, in batches of similar length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import bisect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from torch import Tensor
 
-from deliberation.types import InputError, Rating
+from deliberation.types import InputError
+from reward.heads import apply_head, encoder_features, head_of, is_encoder
 from reward.preference import PreferenceModel
+from reward.prefix_cache import PrefixCache
+from reward.prefixes import mask, pad, prefix_attention, shared_states, suffix_features
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 """Tokens (rows x padded length, prefix included) in one forward pass: what was fastest (a CPU likes what fits its
@@ -34,40 +35,43 @@ class Scores:
     Attributes:
         raw: the model's scores, float32 [members, statements]; always kept, since the map to utilities may change.
         utilities: expected ratings in [1, 7], same shape and type.
+        sd: standard deviations of the utilities on the 1 to 7 scale, same shape and type; None if the model has no
+            ensemble.
+        warnings: sentences on what was not scored as given, e.g. an opinion that was cut.
     """
 
     raw: NDArray[np.float32]
     utilities: NDArray[np.float32]
+    sd: NDArray[np.float32] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class HasTexts(Protocol):
+    """What is read of a response."""
+
+    @property
+    def question(self) -> str: ...
+    @property
+    def opinion(self) -> str: ...
+    @property
+    def statement(self) -> str: ...
 
 
 @dataclass(frozen=True)
-class Prefixes:
-    """Keys and values of some members' prefixes.
+class Answered:
+    """A member, known by an opinion, and a statement."""
 
-    Attributes:
-        layers: (keys, values) a layer, each [members, key heads, width, head size], padded on the right.
-        lengths: real tokens of each prefix, [members].
-    """
-
-    layers: list[tuple[Tensor, Tensor]]
-    lengths: Tensor
-
-    @property
-    def width(self) -> int:
-        return self.layers[0][0].shape[2]
+    question: str
+    opinion: str
+    statement: str
 
 
-class _SharedPrefixLayer(DynamicLayer):
-    """A cache layer that holds each prefix once and repeats it for its rows only while they are computed."""
+@dataclass(frozen=True)
+class RowScores:
+    """Scores of rows: ``raw`` float32 [rows]; ``ensemble`` float32 [rows, members of the ensemble], or None."""
 
-    def __init__(self, keys: Tensor, values: Tensor, owners: Tensor):
-        super().__init__()
-        self.keys, self.values, self.owners, self.is_initialized = keys, values, owners, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values of prefix + suffix, [rows, heads, width + suffix, size]; stores nothing."""
-        keys = torch.cat([self.keys.index_select(0, self.owners), key_states], dim=-2)
-        return keys, torch.cat([self.values.index_select(0, self.owners), value_states], dim=-2)
+    raw: NDArray[np.float32]
+    ensemble: NDArray[np.float32] | None
 
 
 def score(
@@ -77,21 +81,33 @@ def score(
     statements: Sequence[str],
     *,
     batch_tokens: int | None = None,
+    cache: PrefixCache | None = None,
+    truncate: bool = False,
 ) -> Scores:
     """Score every statement for every member.
 
     Equal opinions and equal statements are computed once. Neither order nor batch changes a score (1e-5, float32).
 
+    Args:
+        batch_tokens: bound of one forward pass; None takes ``BATCH_TOKENS`` of the model's device.
+        cache: keeps this model's prefixes across calls.
+        truncate: cut an opinion that does not fit the model at the end and warn, instead of raising.
+
     Raises:
-        InputError: on an empty group, no or blank statements, a text too long for the model, or an architecture
-            whose prefixes cannot be shared.
+        InputError: on an empty group, no or blank statements, an opinion (``opinions[i]``) or statement too long for
+            the model, or an architecture whose prefixes cannot be shared.
     """
     _check_texts(opinions, statements)
-    prefixes, member = _distinct([tuple(preference_model.prefix_ids(question, o)) for o in opinions])
-    suffixes, statement = _distinct([tuple(preference_model.suffix_ids(s)) for s in statements])
+    endings = [tuple(preference_model.suffix_ids(s)) for s in statements]
+    beginnings, warnings = _fitting_prefixes(preference_model, question, opinions, endings, truncate)
+    prefixes, member = _distinct(beginnings)
+    suffixes, statement = _distinct(endings)
     owners = [i for i in range(len(prefixes)) for _ in suffixes]
-    raw = score_rows(preference_model, prefixes, suffixes * len(prefixes), owners, batch_tokens=batch_tokens)
-    return _scores(preference_model, raw.reshape(len(prefixes), len(suffixes))[np.ix_(member, statement)])
+    rows = score_rows(
+        preference_model, prefixes, suffixes * len(prefixes), owners, batch_tokens=batch_tokens, cache=cache
+    )
+    return _scores(preference_model, rows, np.arange(len(owners)).reshape(-1, len(suffixes))[np.ix_(member, statement)],
+                   warnings)  # fmt: skip
 
 
 @torch.inference_mode()
@@ -104,107 +120,154 @@ def score_one_by_one(
     model = preference_model.model.eval()
     for i, opinion in enumerate(opinions):
         for j, statement in enumerate(statements):
-            ids = preference_model.prefix_ids(question, opinion) + preference_model.suffix_ids(statement)
-            raw[i, j] = float(model(torch.tensor([ids], device=model.device)).logits[0, 0])
-    return _scores(preference_model, raw)
+            prefix, suffix = preference_model.prefix_ids(question, opinion), preference_model.suffix_ids(statement)
+            ids = torch.tensor([prefix + suffix], device=model.device)
+            extra = {}
+            if preference_model.reads_types:
+                extra["token_type_ids"] = token_types([len(prefix)], ids.shape[1], model.device)
+            if is_encoder(model) and preference_model.shares_prefixes:
+                extra["attention_mask"] = prefix_attention(len(prefix), ids.shape[1]).to(model.device)
+            raw[i, j] = float(model(ids, **extra).logits[0, 0])
+    return Scores(raw, preference_model.calibration.utilities(raw).astype(np.float32))
 
 
 def score_ratings(
-    preference_model: PreferenceModel, ratings: Sequence[Rating], *, batch_tokens: int | None = None
+    preference_model: PreferenceModel, ratings: Sequence[HasTexts], *, batch_tokens: int | None = None
 ) -> NDArray[np.float32]:
-    """Raw score of each rating's statement for its member, [ratings]; equal prefixes are computed once."""
-    prefixes, owners = _distinct([tuple(preference_model.prefix_ids(r.question, r.opinion)) for r in ratings])
-    suffixes = [tuple(preference_model.suffix_ids(r.statement)) for r in ratings]
+    """Raw score of each response's statement for its member, [responses]; equal prefixes are computed once."""
+    return score_responses(preference_model, ratings, batch_tokens=batch_tokens).raw
+
+
+def score_responses(
+    preference_model: PreferenceModel, responses: Sequence[HasTexts], *, batch_tokens: int | None = None
+) -> RowScores:
+    """``score_ratings`` with what every member of the ensemble says."""
+    prefixes, owners = _distinct([tuple(preference_model.prefix_ids(r.question, r.opinion)) for r in responses])
+    suffixes = [tuple(preference_model.suffix_ids(r.statement)) for r in responses]
     return score_rows(preference_model, prefixes, suffixes, owners, batch_tokens=batch_tokens)
 
 
 @torch.inference_mode()
 def score_rows(
     preference_model: PreferenceModel,
-    prefixes: Sequence[Sequence[int]],
-    suffixes: Sequence[Sequence[int]],
+    prefixes: Sequence[tuple[int, ...]],
+    suffixes: Sequence[tuple[int, ...]],
     owners: Sequence[int],
     *,
     batch_tokens: int | None = None,
-) -> NDArray[np.float32]:
-    """Raw scores [rows] of suffix i after prefix ``owners[i]``, all as token ids, in batches of similar length.
-
-    ``batch_tokens`` None takes ``BATCH_TOKENS`` of the model's device.
-    """
+    cache: PrefixCache | None = None,
+) -> RowScores:
+    """Scores [rows] of suffix i after prefix ``owners[i]``, all as token ids, in batches of similar length."""
+    longest = max((len(prefixes[o]) + len(s) for o, s in zip(owners, suffixes, strict=True)), default=0)
+    if longest > preference_model.room:
+        mend = f"with question and opinion; shorten it, as the model reads at most {preference_model.room}"
+        raise InputError("statements", f"{longest} tokens", mend)
     model = preference_model.model.eval()
     limit = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
+    runs = _shared_runs if preference_model.shares_prefixes else _pair_runs
+    members = preference_model.ensemble
+    raw = np.empty(len(suffixes), dtype=np.float32)
+    ensemble = None if members is None else np.empty((len(suffixes), members.out_features), dtype=np.float32)
+    for rows, features in runs(preference_model, prefixes, suffixes, owners, limit, cache):
+        raw[rows] = apply_head(head_of(model), features)[:, 0].cpu().numpy()
+        if members is not None and ensemble is not None:
+            ensemble[rows] = apply_head(members, features).cpu().numpy()
+    return RowScores(raw, ensemble)
+
+
+Runs = Iterator[tuple[list[int], Tensor]]
+"""Row numbers and their features [rows, hidden]."""
+
+
+def _shared_runs(
+    preference_model: PreferenceModel,
+    prefixes: Sequence[tuple[int, ...]],
+    suffixes: Sequence[tuple[int, ...]],
+    owners: Sequence[int],
+    limit: int,
+    cache: PrefixCache | None,
+) -> Runs:
+    model = preference_model.model
+    states_of: Callable = shared_states if cache is None else cache.states
     rows_of: list[list[int]] = [[] for _ in prefixes]
     for row, owner in enumerate(owners):
         rows_of[owner].append(row)
-    raw = np.empty(len(suffixes), dtype=np.float32)
     # 1. Members of similar prefix length together: each prefix once
     by_length = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
     for members in _batches(by_length, [len(p) for p in prefixes], 0, limit):
-        states = prefix_states(model, *pad([prefixes[i] for i in members], model.device))
+        states = states_of(model, [prefixes[i] for i in members], model.device)
         place = {member: i for i, member in enumerate(members)}
         # 2. Their rows, in batches of similar suffix length
         rows = sorted((row for i in members for row in rows_of[i]), key=lambda row: len(suffixes[row]))
         for batch in _batches(rows, [len(s) for s in suffixes], states.width, limit):
             batch_owners = torch.tensor([place[owners[row]] for row in batch], device=model.device)
-            ids, lengths = pad([suffixes[row] for row in batch], model.device)
-            raw[batch] = suffix_scores(model, states, ids, lengths, batch_owners).cpu().numpy()
-    return raw
+            yield batch, suffix_features(model, states, *pad([suffixes[r] for r in batch], model.device), batch_owners)
 
 
-def prefix_states(model: nn.Module, ids: Tensor, lengths: Tensor) -> Prefixes:
-    """Run prefixes ids [members, width] (right-padded, real ``lengths`` [members]) and keep their keys and values.
-
-    Keeps the graph where gradients are on: the prefix then gets the gradient of all its rows in one backward pass.
-
-    Raises:
-        InputError: field ``preference_model``, if the model is not causal full attention.
-    """
-    backbone, _ = _parts(model)
-    kinds = set(getattr(backbone.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise _not_shareable(backbone.config.model_type, f"has layers of type {', '.join(sorted(kinds))}")
-    output = backbone(input_ids=ids, attention_mask=_mask(lengths, ids.shape[1]), use_cache=True)
-    cache = output.get("past_key_values")
-    if not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        raise _not_shareable(backbone.config.model_type, "keeps no plain key-value cache")
-    return Prefixes([(layer.keys, layer.values) for layer in cache.layers], lengths)
+def _pair_runs(
+    preference_model: PreferenceModel,
+    prefixes: Sequence[tuple[int, ...]],
+    suffixes: Sequence[tuple[int, ...]],
+    owners: Sequence[int],
+    limit: int,
+    cache: PrefixCache | None,
+) -> Runs:
+    model = preference_model.model
+    lengths = [len(prefixes[o]) + len(s) for o, s in zip(owners, suffixes, strict=True)]
+    for batch in _batches(sorted(range(len(suffixes)), key=lengths.__getitem__), lengths, 0, limit):
+        pairs = [(prefixes[owners[row]], suffixes[row]) for row in batch]
+        yield batch, encoder_features(model, *encoder_inputs(preference_model, pairs))
 
 
-def suffix_scores(model: nn.Module, prefixes: Prefixes, ids: Tensor, lengths: Tensor, owners: Tensor) -> Tensor:
-    """Scores float32 [rows] at the last real token of each suffix, with gradient where gradients are on.
-
-    Args:
-        ids: suffixes [rows, width], right-padded; what stands in the padding is never read.
-        lengths: real tokens of each suffix, [rows], >= 1.
-        owners: the row's member as an index into ``prefixes``, [rows].
-    """
-    backbone, head = _parts(model)
-    before = prefixes.lengths[owners]
-    _check_positions(backbone.config, int((before + lengths).max()))
-    layers = [_SharedPrefixLayer(keys, values, owners) for keys, values in prefixes.layers]
-    hidden = backbone(
-        input_ids=ids,
-        attention_mask=torch.cat([_mask(before, prefixes.width), _mask(lengths, ids.shape[1])], dim=1),
-        position_ids=before[:, None] + torch.arange(ids.shape[1], device=ids.device),
-        past_key_values=Cache(layers=layers),
-        use_cache=True,
-    ).last_hidden_state
-    last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
-    return head(last)[:, 0].float()
+def encoder_inputs(
+    preference_model: PreferenceModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Token ids, attention mask and token types (None where the model has none) of (prefix, suffix) pairs."""
+    device = preference_model.model.device
+    ids, lengths = pad([[*prefix, *suffix] for prefix, suffix in pairs], device)
+    types = token_types([len(prefix) for prefix, _ in pairs], ids.shape[1], device)
+    return ids, mask(lengths, ids.shape[1]), types if preference_model.reads_types else None
 
 
-def pad(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Token ids [rows, longest], padded on the right with 0 (masked by length, so any id would do), and lengths."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    return ids.to(device), lengths.to(device)
+def token_types(prefix_lengths: Sequence[int], width: int, device: torch.device | str) -> Tensor:
+    """0 for the prefix, 1 for what follows: [rows, width]."""
+    return 1 - mask(torch.tensor(prefix_lengths, device=device), width)
 
 
-def _mask(lengths: Tensor, width: int) -> Tensor:
-    """1 for real tokens, 0 for padding: [rows, width]."""
-    return (torch.arange(width, device=lengths.device) < lengths[:, None]).long()
+def _fitting_prefixes(
+    preference_model: PreferenceModel,
+    question: str,
+    opinions: Sequence[str],
+    suffixes: Sequence[tuple[int, ...]],
+    truncate: bool,
+) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
+    """Every member's prefix, short enough for every statement, and a warning for each that was cut."""
+    total, shortest = preference_model.room, len(preference_model.prefix_ids(question, ""))
+    for j, suffix in enumerate(suffixes):
+        if shortest + len(suffix) > total:
+            mend = f"with the question ({shortest}); shorten either, as the model reads at most {total}"
+            raise InputError(f"statements[{j}]", f"{len(suffix)} tokens", mend)
+    room = total - max(len(suffix) for suffix in suffixes)
+    prefixes, warnings = [], []
+    for i, opinion in enumerate(opinions):
+        prefix = preference_model.prefix_ids(question, opinion)
+        if len(prefix) > room:
+            if not truncate:
+                mend = f"with the question; the model has room for {room} beside the longest statement: shorten it"
+                raise InputError(f"opinions[{i}]", f"{len(prefix)} tokens", mend)
+            words = opinion.split()
+            kept = _words_that_fit(preference_model, question, words, room)
+            prefix = preference_model.prefix_ids(question, " ".join(words[:kept]))
+            warnings.append(f"Opinion {i} was cut to its first {kept} of {len(words)} words.")
+        prefixes.append(tuple(prefix))
+    return prefixes, tuple(warnings)
+
+
+def _words_that_fit(preference_model: PreferenceModel, question: str, words: Sequence[str], room: int) -> int:
+    def tokens(count: int) -> int:
+        return len(preference_model.prefix_ids(question, " ".join(words[:count])))
+
+    return bisect.bisect_right(range(1, len(words) + 1), room, key=tokens)
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], extra: int, limit: int) -> Iterator[list[int]]:
@@ -219,31 +282,11 @@ def _batches(order: Sequence[int], lengths: Sequence[int], extra: int, limit: in
         yield run
 
 
-def _distinct(keys: list[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
+def _distinct(keys: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
     """The distinct keys in order of first appearance, and each key's index among them."""
     place: dict[tuple[int, ...], int] = {}
     index = [place.setdefault(key, len(place)) for key in keys]
     return list(place), index
-
-
-def _parts(model: nn.Module) -> tuple[Any, Any]:
-    """The transformer and the scalar head of a sequence classifier, PEFT adapters included."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    backbone, head = getattr(inner, inner.base_model_prefix, None), getattr(inner, "score", None)
-    if backbone is None or head is None:
-        raise _not_shareable(type(inner).__name__, "is not a causal sequence classifier with a `score` head")
-    return backbone, head
-
-
-def _not_shareable(what: str, why: str) -> InputError:
-    return InputError("preference_model", what, f"{why}; use a causal full-attention model such as Llama or Qwen3")
-
-
-def _check_positions(config: Any, needed: int) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and needed > limit:
-        mend = f"with question and opinion; shorten it, as the model reads at most {limit}"
-        raise InputError("statements", f"{needed} tokens", mend)
 
 
 def _check_texts(opinions: Sequence[str], statements: Sequence[str]) -> None:
@@ -256,5 +299,13 @@ def _check_texts(opinions: Sequence[str], statements: Sequence[str]) -> None:
             raise InputError(f"statements[{i}]", statement, "is empty; write at least one word")
 
 
-def _scores(preference_model: PreferenceModel, raw: NDArray[np.float32]) -> Scores:
-    return Scores(raw, preference_model.calibration.utilities(raw).astype(np.float32))
+def _scores(
+    preference_model: PreferenceModel, rows: RowScores, place: NDArray[np.int64], warnings: tuple[str, ...]
+) -> Scores:
+    """Row scores spread over members and statements; ``place`` [members, statements] holds row numbers."""
+    raw = rows.raw[place]
+    utilities = preference_model.calibration.utilities(raw).astype(np.float32)
+    if rows.ensemble is None or preference_model.uncertainty is None:
+        return Scores(raw, utilities, None, warnings)
+    sd = preference_model.uncertainty.sd(preference_model.calibration, raw, rows.ensemble[place])
+    return Scores(raw, utilities, sd.astype(np.float32), warnings)

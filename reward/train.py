@@ -1,12 +1,7 @@
-"""Fits the preference model to people's ratings, calibrates it, and measures it.
+"""Fits the preference model to what people said of statements, calibrates it, and measures it.
 
-Loss, one member on one deliberation at a time (Bakker et al. 2022, appendix; Stiennon et al. 2020 for the sign):
-
-    - mean over pairs (w, l) with r_w - r_l >= margin of  log sigmoid(slope (s_w - s_l))        Bradley-Terry
-    - ordinal_weight * mean over ratings of               log P(r | s)                           cumulative logit
-
-averaged over members, so that a member with 15 pairs weighs as much as one with 1. The first term orders one member's
-statements; the second puts the scores of different members on one scale, which welfare needs.
+Ratings (1 to 7), votes, rankings and choices between two statements; the loss is in ``objective``. The heads of an
+ensemble share the backbone, and each sees the members with weights of its own; the saved head is their mean.
 """
 
 from __future__ import annotations
@@ -20,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -34,15 +29,28 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from deliberation.datasets import read_ratings
-from deliberation.types import InputError, Rating, is_hub_name
+from deliberation.datasets import read_responses
+from deliberation.types import Choice, InputError, Rating, Response, Vote, is_hub_name
 from embedded import resolve
-from reward.measures import measures, rows_of_members
-from reward.preference import WEIGHTS, Calibration, PreferenceModel, ordinal_log_likelihood
-from reward.scoring import pad, prefix_states, score_ratings, suffix_scores
+from reward.calibration import RATINGS, Calibration, Uncertainty
+from reward.examples import Collator, DeliberationSampler, Member, members_of, rows_of_members, scale_of
+from reward.heads import apply_head, encoder_features, head_of, set_head
+from reward.measures import answer_of, measures
+from reward.objective import preference_loss
+from reward.plots import save_reliability
+from reward.preference import PAIR, PREFIX, WEIGHTS, PreferenceModel
+from reward.prefixes import prefix_states, suffix_features
+from reward.raters import consistent_raters, showings
+from reward.scoring import Answered, score_ratings, score_responses
 
 _SCALE_MEMBERS = 64
 """Members whose ratings tell, before training, what scale the model's scores are on."""
+
+_MIN_DOUBLED = 100
+"""Statements rated twice from which the size of a utility's error can be told; below, the ensemble's spread is it."""
+
+_HEAD_NOISE = 0.3
+"""How far an ensemble's heads start apart, as a share of the size of the head they start from."""
 
 _ROWS_A_PASS = {"cpu": 16, "cuda": 256}
 """Suffixes in one forward pass of training: what was fastest. Changes nothing but speed."""
@@ -52,15 +60,17 @@ _ROWS_A_PASS = {"cpu": 16, "cuda": 256}
 class PreferenceConfig(TrainingArguments):
     """Arguments of ``consensus preference``: transformers' ``TrainingArguments`` and the keys below.
 
-    A batch counts members (all of a member's ratings on one deliberation stay together), not ratings.
+    A batch counts members (all that a member said in one deliberation stays together), not ratings.
     """
 
     model_name_or_path: str = field(
         default="embedded/judge", metadata={"help": "Sequence classifier or language model to start from."}
     )
-    ratings: str | None = field(default=None, metadata={"help": "Ratings to fit, JSONL or Parquet."})
-    eval_ratings: str | None = field(
-        default=None, metadata={"help": "Held-out ratings for calibration and measures. Default: a part of `ratings`."}
+    ratings: list[str] | None = field(
+        default=None, metadata={"help": "Ratings, votes, ranks or choices to fit: JSONL or Parquet files."}
+    )
+    eval_ratings: list[str] | None = field(
+        default=None, metadata={"help": "Held-out ones for calibration and measures. Default: a part of `ratings`."}
     )
     eval_share: float = field(
         default=0.15, metadata={"help": "Share of topics held out of `ratings` where `eval_ratings` is not given."}
@@ -68,6 +78,18 @@ class PreferenceConfig(TrainingArguments):
     margin: int = field(default=2, metadata={"help": "Smallest difference of a pair that is trained on, 1 to 6."})
     ordinal_weight: float = field(
         default=0.5, metadata={"help": "Weight of the ordinal term beside the pairwise term. 0: pairs alone."}
+    )
+    between_weight: float = field(
+        default=0.0, metadata={"help": "Weight of pairs of members told apart by one statement. 0: none."}
+    )
+    heads: int = field(default=4, metadata={"help": "Heads of the ensemble on the shared backbone. 1: no ensemble."})
+    min_kappa: float = field(
+        default=0.6,
+        metadata={"help": "Members who rated twice are kept from this weighted kappa on; -1 keeps everybody."},
+    )
+    freeze_embeddings: bool = field(default=False, metadata={"help": "Keep the input embeddings as they are."})
+    attention: str = field(
+        default=PAIR, metadata={"help": "Of an encoder: 'pair', or 'prefix', where a member's prefix is shared."}
     )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter (merged when saved)."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapter."})
@@ -83,11 +105,21 @@ class PreferenceConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("ratings", "eval_ratings"):
+            if isinstance(getattr(self, name), str | Path):
+                setattr(self, name, [getattr(self, name)])
         self.remove_unused_columns = False  # the collator reads our own fields, not the model's arguments
         if not 1 <= self.margin <= 6:
             raise InputError("margin", self.margin, "must be from 1 to 6")
-        if not self.ordinal_weight >= 0:
-            raise InputError("ordinal_weight", self.ordinal_weight, "must be 0 or more")
+        for name in ("ordinal_weight", "between_weight"):
+            if not getattr(self, name) >= 0:
+                raise InputError(name, getattr(self, name), "must be 0 or more")
+        if self.attention not in (PAIR, PREFIX):
+            raise InputError("attention", self.attention, f"must be {PAIR} or {PREFIX}")
+        if self.heads < 1:
+            raise InputError("heads", self.heads, "must be 1 or more")
+        if not -1 <= self.min_kappa <= 1:
+            raise InputError("min_kappa", self.min_kappa, "must be from -1 (keep everybody) to 1")
         if not 0 < self.eval_share < 1:
             raise InputError("eval_share", self.eval_share, "must be between 0 and 1")
         checkpoint = self.resume_from_checkpoint
@@ -98,19 +130,10 @@ class PreferenceConfig(TrainingArguments):
             raise InputError("activation_checkpointing", True, "must be off: the shared prefix lives in the cache")
 
 
-@dataclass(frozen=True)
-class _Member:
-    """One member's ratings on one deliberation, as token ids."""
-
-    prefix: list[int]
-    suffixes: list[list[int]]
-    ratings: list[int]
-
-
 def fit(
     config: PreferenceConfig,
-    ratings: Sequence[Rating],
-    eval_ratings: Sequence[Rating],
+    ratings: Sequence[Response],
+    eval_ratings: Sequence[Response],
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: bool = True,
@@ -119,66 +142,99 @@ def fit(
 
     Args:
         config: what to start from and how to train; writes only what its ``save_strategy`` asks for.
-        ratings, eval_ratings: agreement is fitted; quality is not read.
+        ratings, eval_ratings: agreement is fitted; quality is not read. A member's second rating of a statement tells
+            how consistent the member is (``min_kappa``) and how far to trust a utility; it is not trained on.
         model, tokenizer: start from these instead of ``config.model_name_or_path``; the model is trained in place.
         progress: show a progress bar (logged losses, where ``config.disable_tqdm``).
 
     Raises:
-        InputError: no ratings, no pair that differs by the margin, a deliberation in both sets, or several processes.
+        InputError: no ratings, no pair that differs by the margin, ratings beside votes, a deliberation in both sets,
+            or several processes.
     """
-    _check(config, ratings, eval_ratings)
-    # 1. Model
+    # 1. Data: one showing of each statement, of members who agree with themselves
+    first, raters = consistent_raters(*showings(ratings), config.min_kappa)
+    held_out, second = showings(eval_ratings)
+    values = scale_of([*first, *held_out])
+    _check(config, first, held_out)
+    # 2. Model, and the scale its scores are on
     set_seed(config.seed)
     if model is None or tokenizer is None:
         model, tokenizer = _load_base(config.model_name_or_path)
     _no_dropout(model)
-    unfitted = PreferenceModel(model, tokenizer, Calibration.of_ratings([r.agreement for r in ratings]))
-    # 2. The scale its scores are on
-    groups = list(rows_of_members(ratings).values())
-    sample = np.random.default_rng(config.seed).permutation(len(groups))[:_SCALE_MEMBERS]
-    start = _starting_scale(unfitted, [ratings[row] for i in sample for row in groups[i]])
+    unfitted = PreferenceModel(model, tokenizer, Calibration.of_ratings(list(values), values))
+    unfitted.attention = config.attention
+    unfitted.calibration = _starting_scale(unfitted, _sample(first, config.seed), values)
     # 3. Fit
+    _spread_heads(model, config.heads)
+    members = members_of(unfitted, first, config.margin, config.heads, config.seed)
+    if not any(m.pairs for m in members):
+        raise InputError("ratings", len(first), f"no member's ratings differ by {config.margin} or more")
     arguments = copy.copy(config)
     arguments.disable_tqdm = config.disable_tqdm or not progress
-    members = [_member(unfitted, [ratings[row] for row in rows]) for rows in groups]
-    trainer = _PreferenceTrainer(_with_adapter(model, config), arguments, members, start, tokenizer)
+    trainer = _PreferenceTrainer(_trainable(model, config), arguments, members, unfitted)
     if not progress:
         trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     fitted: Any = trainer.accelerator.unwrap_model(trainer.model)
     fitted = fitted.merge_and_unload() if config.use_peft else fitted
-    # 4. Calibrate and measure on ratings it has not seen
-    facts = {"base": config.model_name_or_path, "seed": config.seed, "margin": config.margin, "ratings": len(ratings)}
-    return _calibrated(PreferenceModel(fitted.eval(), tokenizer, start, facts), eval_ratings)
+    # 4. Calibrate and measure on what it has not seen
+    facts = {"base": config.model_name_or_path, "seed": config.seed, "margin": config.margin, "ratings": len(first)}
+    result = PreferenceModel(fitted.eval(), tokenizer, unfitted.calibration, {**facts, **raters})
+    result.ensemble, result.attention = _gather_heads(fitted), config.attention
+    return _calibrated(result, held_out, second, values, {r.topic for r in first if r.topic})
 
 
-def _calibrated(model: PreferenceModel, eval_ratings: Sequence[Rating]) -> PreferenceModel:
-    """The model with its calibration fitted to ratings it has not seen, and with its measures on them."""
-    scores = score_ratings(model, eval_ratings)
-    model.calibration = Calibration.fit(scores, [r.agreement for r in eval_ratings])
-    found = measures(model, eval_ratings, scores=scores)
-    model.metadata = {**model.metadata, "eval_ratings": len(eval_ratings), "measures": found}
+def _calibrated(
+    model: PreferenceModel,
+    held_out: Sequence[Response],
+    second: Sequence[Rating],
+    values: tuple[int, ...],
+    trained_topics: set[str],
+) -> PreferenceModel:
+    """The model with its calibration fitted to responses it has not seen, and with its measures on them."""
+    rated = [r for r in held_out if isinstance(r, Rating) or (isinstance(r, Vote) and r.vote)]
+    if not rated:  # ranks and choices say nothing of the level: a statement of mean score is a toss-up
+        scores = score_ratings(model, _texts(held_out)).astype(np.float64)
+        model.calibration = Calibration(
+            (float(model.calibration.slope * scores.mean()),), model.calibration.slope, values
+        )
+        model.metadata["eval_ratings"] = len(held_out)
+        return model
+    found = score_responses(model, rated)
+    answers = np.array([answer_of(r) for r in rated])
+    model.calibration = Calibration.fit(found.raw, answers, values)
+    place = {(r.deliberation_id, r.member, r.statement): k for k, r in enumerate(rated)}
+    at = [place[r.deliberation_id, r.member, r.statement] for r in second]
+    if found.ensemble is not None:
+        model.uncertainty = Uncertainty()
+        if len(second) >= _MIN_DOUBLED:
+            twice = answers[at], np.array([r.agreement for r in second])
+            model.uncertainty = Uncertainty.fit(model.calibration, found.raw[at], found.ensemble[at], *twice)
+    again = [second[k] for k in np.argsort(at)] if len(at) == len(rated) else None  # a ceiling needs all rated twice
+    measured = measures(model, rated, again, scores=found.raw, trained_topics=trained_topics)
+    model.metadata = {**model.metadata, "eval_ratings": len(rated), "measures": measured}
     return model
 
 
 def main(config: PreferenceConfig) -> PreferenceModel:
-    """``consensus preference``: read ratings, fit, save the preference model in ``output_dir``."""
+    """``consensus preference``: read what people said, fit, save the preference model in ``output_dir``."""
     if config.ratings is None:
-        raise InputError("ratings", None, "give a JSONL or Parquet file of ratings")
+        raise InputError("ratings", None, "give a JSONL or Parquet file of ratings, votes, ranks or choices")
     if config.output_dir is None:
         raise InputError("output_dir", None, "give the folder to write the preference model to")
     config.model_name_or_path = resolve(config.model_name_or_path)
-    ratings = read_ratings(config.ratings)
+    ratings = [r for path in config.ratings for r in read_responses(path)]
     if config.eval_ratings is not None:
-        held_out = read_ratings(config.eval_ratings)
+        held_out = [r for path in config.eval_ratings for r in read_responses(path)]
     else:
         ratings, held_out = hold_out(ratings, config.eval_share, config.seed)
     result = fit(config, ratings, held_out)
     result.save(Path(config.output_dir))
+    save_reliability(result, held_out, Path(config.output_dir))
     return result
 
 
-def hold_out(ratings: Sequence[Rating], share: float, seed: int) -> tuple[list[Rating], list[Rating]]:
+def hold_out(ratings: Sequence[Response], share: float, seed: int) -> tuple[list[Response], list[Response]]:
     """Split whole topics (deliberations, where there is only one topic) into (kept, about ``share`` held out).
 
     Raises:
@@ -195,7 +251,7 @@ def hold_out(ratings: Sequence[Rating], share: float, seed: int) -> tuple[list[R
     return kept, [r for r, unit in zip(ratings, units, strict=True) if unit in chosen]
 
 
-def _check(config: PreferenceConfig, ratings: Sequence[Rating], eval_ratings: Sequence[Rating]) -> None:
+def _check(config: PreferenceConfig, ratings: Sequence[Response], eval_ratings: Sequence[Response]) -> None:
     if config.world_size > 1:  # gradients flow past the model's forward, so DDP would not synchronise them
         raise InputError("world_size", config.world_size, "fit the preference model in one process")
     for name, rows in (("ratings", ratings), ("eval_ratings", eval_ratings)):
@@ -204,9 +260,22 @@ def _check(config: PreferenceConfig, ratings: Sequence[Rating], eval_ratings: Se
     both = {r.deliberation_id for r in ratings} & {r.deliberation_id for r in eval_ratings}
     if both:
         raise InputError("eval_ratings", min(both), "this deliberation is trained on too; hold out whole deliberations")
-    spread = {key: [ratings[i].agreement for i in rows] for key, rows in rows_of_members(ratings).items()}
-    if not any(max(seen) - min(seen) >= config.margin for seen in spread.values()):
-        raise InputError("ratings", len(ratings), f"no member's ratings differ by {config.margin} or more")
+
+
+def _texts(responses: Sequence[Response]) -> list[Answered]:
+    """Every (member, statement) that a response speaks of."""
+    return [
+        Answered(r.question, r.opinion, text)
+        for r in responses
+        for text in ((r.chosen, r.rejected) if isinstance(r, Choice) else (r.statement,))
+    ]
+
+
+def _sample(ratings: Sequence[Response], seed: int) -> list[Response]:
+    """All responses of some members."""
+    groups = list(rows_of_members(ratings).values())
+    chosen = np.random.default_rng(seed).permutation(len(groups))[:_SCALE_MEMBERS]
+    return [ratings[row] for i in chosen for row in groups[i]]
 
 
 def _load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -230,7 +299,37 @@ def _no_dropout(model: torch.nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def _with_adapter(model: PreTrainedModel, config: PreferenceConfig) -> torch.nn.Module:
+def _spread_heads(model: PreTrainedModel, heads: int) -> None:
+    """Replace a one-label head by an ensemble's: copies of it, moved apart."""
+    if heads == 1:
+        return
+    head = head_of(model)
+    several = nn.Linear(head.in_features, heads, bias=head.bias is not None)
+    with torch.no_grad():
+        noise = torch.randn_like(several.weight)
+        several.weight.copy_(head.weight + _HEAD_NOISE * head.weight.pow(2).mean().sqrt() * noise)
+        if head.bias is not None:
+            several.bias.copy_(head.bias.expand(heads))
+    set_head(model, several.to(head.weight.device))
+
+
+def _gather_heads(model: PreTrainedModel) -> nn.Linear | None:
+    """The ensemble's heads, their mean put in their place; None if there is one head."""
+    heads = head_of(model)
+    if heads.out_features == 1:
+        return None
+    mean = nn.Linear(heads.in_features, 1, bias=heads.bias is not None)
+    with torch.no_grad():
+        mean.weight.copy_(heads.weight.mean(dim=0, keepdim=True))
+        if heads.bias is not None:
+            mean.bias.copy_(heads.bias.mean(dim=0, keepdim=True))
+    set_head(model, mean.to(heads.weight.device, heads.weight.dtype))
+    return heads.requires_grad_(False)
+
+
+def _trainable(model: PreTrainedModel, config: PreferenceConfig) -> nn.Module:
+    if config.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
     if not config.use_peft:
         return model
     from peft import LoraConfig, TaskType, get_peft_model
@@ -245,103 +344,48 @@ def _with_adapter(model: PreTrainedModel, config: PreferenceConfig) -> torch.nn.
     return get_peft_model(model, lora)
 
 
-def _member(model: PreferenceModel, ratings: Sequence[Rating]) -> _Member:
-    prefix = model.prefix_ids(ratings[0].question, ratings[0].opinion)
-    return _Member(prefix, [model.suffix_ids(r.statement) for r in ratings], [r.agreement for r in ratings])
-
-
-def _starting_scale(model: PreferenceModel, ratings: Sequence[Rating]) -> Calibration:
+def _starting_scale(model: PreferenceModel, responses: Sequence[Response], values: tuple[int, ...]) -> Calibration:
     """Cut-points and slope of the loss, fixed during training; the scores move to fit them.
 
     A model whose scores already tell ratings apart keeps its scale. Any other gets one where the standard deviation
     of its scores is worth one logit, so that the loss does not depend on how a new head was initialised.
     """
-    scores, seen = score_ratings(model, ratings).astype(np.float64), [r.agreement for r in ratings]
+    scores = score_ratings(model, _texts(responses)).astype(np.float64)
     spread = max(float(scores.std()), 1e-6)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scores that tell nothing are expected here, and handled below
-        fitted = Calibration.fit(scores, seen)
-    if fitted.slope * spread >= 0.5:
-        return fitted
-    shift = float(scores.mean()) / spread
-    return Calibration(tuple(np.add(Calibration.of_ratings(seen).cut_points, shift)), 1 / spread)
-
-
-@dataclass(frozen=True)
-class _Collator:
-    """Members -> one batch: prefixes once, suffixes sorted by length and cut into passes of similar length.
-
-    ``pairs`` [pairs, 2] holds (preferred, other) as row numbers; ``pair_weights`` and ``row_weights`` sum to 1 for
-    each member (a member without a pair has none).
-    """
-
-    margin: int
-    rows_a_pass: int
-
-    def __call__(self, members: Sequence[_Member]) -> dict[str, Any]:
-        rows = [(i, j) for i, member in enumerate(members) for j in range(len(member.ratings))]
-        rows.sort(key=lambda row: len(members[row[0]].suffixes[row[1]]))
-        place = {row: number for number, row in enumerate(rows)}
-        passes = []
-        for first in range(0, len(rows), self.rows_a_pass):
-            part = rows[first : first + self.rows_a_pass]
-            ids, lengths = pad([members[i].suffixes[j] for i, j in part])
-            passes.append({"ids": ids, "lengths": lengths, "owners": torch.tensor([i for i, _ in part])})
-        pairs, pair_weights = [], []
-        for i, member in enumerate(members):
-            own = pairs_of(member.ratings, self.margin)
-            pairs += [(place[i, winner], place[i, loser]) for winner, loser in own]
-            pair_weights += [1 / len(own) for _ in own]
-        prefix_ids, prefix_lengths = pad([member.prefix for member in members])
-        return {
-            "prefix_ids": prefix_ids,
-            "prefix_lengths": prefix_lengths,
-            "passes": passes,
-            "pairs": torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
-            "pair_weights": torch.tensor(pair_weights),
-            "ratings": torch.tensor([members[i].ratings[j] for i, j in rows]),
-            "row_weights": torch.tensor([1 / len(members[i].ratings) for i, _ in rows]),
-        }
-
-
-def pairs_of(ratings: Sequence[int], margin: int) -> list[tuple[int, int]]:
-    """All (i, j) with ratings[i] - ratings[j] >= margin."""
-    return [(i, j) for i, a in enumerate(ratings) for j, b in enumerate(ratings) if a - b >= margin]
-
-
-def preference_loss(
-    scores: Tensor, batch: dict[str, Any], cut_points: Tensor, slope: float, ordinal_weight: float
-) -> Tensor:
-    """The loss at the top of this file, summed over the batch's members: scores [rows] -> scalar."""
-    preferred, other = scores[batch["pairs"][:, 0]], scores[batch["pairs"][:, 1]]
-    pairwise = -(batch["pair_weights"] * F.logsigmoid(slope * (preferred - other))).sum()
-    ordinal = -(batch["row_weights"] * ordinal_log_likelihood(scores, batch["ratings"], cut_points, slope)).sum()
-    return pairwise + ordinal_weight * ordinal
+    seen = [answer_of(r) for r in responses if isinstance(r, Rating) or (isinstance(r, Vote) and r.vote)]
+    if len(seen) == len(scores):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scores that tell nothing are expected here, and handled below
+            fitted = Calibration.fit(scores, seen, values)
+        if fitted.slope * spread >= 0.5:
+            return fitted
+    level = Calibration.of_ratings(seen or list(values), values).cut_points
+    return Calibration(tuple(np.add(level, float(scores.mean()) / spread)), 1 / spread, values)
 
 
 class _PreferenceTrainer(Trainer):
-    """transformers' Trainer with the loss above; checkpoints, schedules and trackers are the library's."""
+    """transformers' Trainer with the loss of ``objective``; checkpoints, schedules and trackers are the library's."""
 
     loss_is_scaled_for_ga = False  # compute_loss returns a mean over the batch's members
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        args: PreferenceConfig,
-        members: list[_Member],
-        start: Calibration,
-        tokenizer: PreTrainedTokenizerBase,
+        self, model: torch.nn.Module, args: PreferenceConfig, members: list[Member], unfitted: PreferenceModel
     ):
+        self._members, self._start, self._pair = members, unfitted.calibration, not unfitted.shares_prefixes
+        margin = args.margin if self._start.values == RATINGS else 1
         rows_a_pass = _ROWS_A_PASS.get(args.device.type, _ROWS_A_PASS["cuda"])
-        collator = _Collator(args.margin, rows_a_pass)
-        super().__init__(model, args, data_collator=collator, train_dataset=members, processing_class=tokenizer)  # type: ignore[arg-type]
-        self._members, self._start, self._ordinal_weight = members, start, args.ordinal_weight
+        collator = Collator(unfitted, margin, rows_a_pass, args.between_weight)
+        super().__init__(
+            model, args, data_collator=collator, train_dataset=members, processing_class=unfitted.tokenizer
+        )  # type: ignore[arg-type]
+        self._metrics: dict[str, list[float]] = {}
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        if self.args.between_weight:
+            return DeliberationSampler(self._members, seed)
         tokens = [len(m.prefix) + len(m.suffixes) * max(map(len, m.suffixes)) for m in self._members]
-        generator = torch.Generator().manual_seed(
-            self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        )
+        generator = torch.Generator().manual_seed(seed)
         return LengthGroupedSampler(self.args.train_batch_size, lengths=tokens, generator=generator)
 
     def compute_loss(
@@ -349,8 +393,21 @@ class _PreferenceTrainer(Trainer):
     ) -> Tensor:
         """Mean loss over the batch's members; each prefix runs once and gets the gradient of all its statements."""
         model = self.accelerator.unwrap_model(model)
-        prefixes = prefix_states(model, inputs["prefix_ids"], inputs["prefix_lengths"])
-        scores = torch.cat([suffix_scores(model, prefixes, **one) for one in inputs["passes"]])
-        cuts = torch.tensor(self._start.cut_points, dtype=scores.dtype, device=scores.device)
-        loss = preference_loss(scores, inputs, cuts, self._start.slope, self._ordinal_weight)
-        return loss / len(inputs["prefix_ids"])
+        with self.compute_loss_context_manager():
+            if self._pair:
+                features = [encoder_features(model, *one.values()) for one in inputs["passes"]]
+            else:
+                prefixes = prefix_states(model, inputs["prefix_ids"], inputs["prefix_lengths"])
+                features = [suffix_features(model, prefixes, **one) for one in inputs["passes"]]
+            scores = apply_head(head_of(model), torch.cat(features))
+        loss, metrics = preference_loss(scores, inputs, self._start, self.args.ordinal_weight)
+        members = len(inputs["prefix_ids"])
+        for name, value in metrics.items():
+            self._metrics.setdefault(name, []).append(value if name == "accuracy" else value / members)
+        return loss / members
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The library's log with the means of our metrics since the last one."""
+        means = {name: sum(values) / len(values) for name, values in self._metrics.items()}
+        self._metrics.clear()
+        super().log({**logs, **means}, *args, **kwargs)

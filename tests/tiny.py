@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -13,6 +16,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -28,6 +33,32 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def make_encoder_tokenizer(arch: str = "bert") -> PreTrainedTokenizerFast:
+    """The same entries as an encoder's tokenizer: text pairs as BERT or RoBERTa write them."""
+    raw = make_tokenizer().backend_tokenizer
+    second, types = {"bert": ("$B:1 </s>:1", ["token_type_ids"]), "roberta": ("</s>:0 $B:0 </s>:0", [])}[arch]
+    raw.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair=f"<s> $A </s> {second}", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", cls_token="<s>", sep_token="</s>", unk_token="<unk>",
+        model_max_length=512, model_input_names=["input_ids", *types, "attention_mask"],
+    )  # fmt: skip
+
+
+def make_encoder(tokenizer: PreTrainedTokenizerFast, arch: str = "bert", seed: int = 0) -> PreTrainedModel:
+    """A random one-label encoder (``bert``, or ``roberta``: offset positions, no token types, a head in two layers)."""
+    torch.manual_seed(seed)
+    sizes = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_labels=1, initializer_range=0.2, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    if arch == "bert":
+        return BertForSequenceClassification(BertConfig(max_position_embeddings=512, **sizes)).eval()
+    roberta = RobertaConfig(max_position_embeddings=514, type_vocab_size=1, **sizes)
+    return RobertaForSequenceClassification(roberta).eval()
 
 
 def _sizes(tokenizer: PreTrainedTokenizerFast) -> dict:

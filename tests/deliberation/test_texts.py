@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from deliberation.datasets import (
     read_deliberations,
     read_ratings,
+    read_responses,
     read_table,
-    read_votes,
     split_by_topic,
     write_jsonl,
 )
@@ -29,7 +29,17 @@ from deliberation.prompts import (
     statement_prompt,
 )
 from deliberation.questions import SPLITS, invented_question, load_questions, read_questions
-from deliberation.types import MAX_MEMBERS, MAX_OPINION_CHARS, Deliberation, InputError, Rating, Vote, is_hub_name
+from deliberation.types import (
+    MAX_MEMBERS,
+    MAX_OPINION_CHARS,
+    Choice,
+    Deliberation,
+    InputError,
+    Rank,
+    Rating,
+    Vote,
+    is_hub_name,
+)
 
 
 def test_the_statement_prompt_is_the_papers():
@@ -88,7 +98,11 @@ def test_completions_are_cleaned(completion, statement):
         (lambda: Deliberation("d", "Q?", (3,)), "opinions[0]"),
         (lambda: Rating("d", 0, "Q?", "o", "s", 8, 1), "agreement"),
         (lambda: Rating("d", 0, "Q?", "o", "s", 1, 0), "quality"),
-        (lambda: Vote("c", "p", "s", 2), "vote"),
+        (lambda: Vote("d", 0, "Q?", "o", "s", 2), "vote"),
+        (lambda: Vote("d", 0, "Q?", "o", "s", True), "vote"),
+        (lambda: Rank("d", 0, "Q?", "o", "s", -1), "rank"),
+        (lambda: Rank("d", 0, "Q?", "o", " ", 0), "statement"),
+        (lambda: Choice("d", 0, "Q?", "o", "s", ""), "rejected"),
     ],
 )
 def test_bad_values_are_named(make, field):
@@ -245,11 +259,28 @@ def test_a_missing_data_file_is_not_looked_for_on_the_hub(name):
         read_table(name, ["x"])
 
 
-def test_deliberations_and_votes_are_read(tmp_path):
+@pytest.mark.parametrize(
+    "told, response",
+    [
+        ({"statement": "s", "agreement": 6, "quality": 2}, Rating("d", 1, "Q?", "o", "s", 6, 2, "t")),
+        ({"statement": "s", "vote": -1}, Vote("d", 1, "Q?", "o", "s", -1, "t")),
+        ({"statement": "s", "rank": 0}, Rank("d", 1, "Q?", "o", "s", 0, "t")),
+        ({"chosen": "a", "rejected": "b"}, Choice("d", 1, "Q?", "o", "a", "b", "t")),
+    ],
+)
+def test_responses_of_every_kind_are_read_by_their_columns(tmp_path, told, response):
+    row = {"deliberation_id": "d", "member": 1, "question": "Q?", "opinion": "o", "topic": "t", **told}
+    assert read_responses(write_jsonl(tmp_path / "r.jsonl", [row])) == [response]
+    torn = {key: value for key, value in row.items() if key != list(told)[-1]}
+    with pytest.raises(InputError, match="row 2"):
+        read_responses(write_jsonl(tmp_path / "torn.jsonl", [row, torn]))
+    with pytest.raises(InputError, match="give the columns of one"):
+        read_responses(write_jsonl(tmp_path / "none.jsonl", [torn]))
+
+
+def test_deliberations_are_read(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [{"question": "Q?", "opinions": ["a", "b"], "topic": "t"}])
     assert read_deliberations(path) == [Deliberation("0", "Q?", ("a", "b"), "t")]
-    row = {"conversation_id": "c", "participant_id": "p", "statement_id": "s", "vote": -1}
-    assert read_votes(write_jsonl(tmp_path / "v.jsonl", [row])) == [Vote("c", "p", "s", -1)]
 
 
 @given(st.integers(3, 30), st.integers(0, 99))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from deliberation.types import InputError
-from reward.preference import Calibration, PreferenceModel, ordinal_log_likelihood
+from reward.calibration import Calibration, ordinal_log_likelihood
+from reward.preference import PreferenceModel
 
 CALIBRATION = Calibration((-3.0, -1.5, -0.5, 0.5, 1.0, 2.5), slope=1.7)
 

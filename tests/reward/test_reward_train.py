@@ -7,24 +7,52 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 from trl import TrlParser
 
-from deliberation.types import InputError, Rating
+from deliberation.prompts import preference_prefix, preference_suffix
+from deliberation.types import Choice, InputError, Rank, Rating, Vote
 from reward import train
-from reward.preference import Calibration, PreferenceModel, ordinal_log_likelihood
-from reward.scoring import pad, prefix_states, score_one_by_one, score_ratings, suffix_scores
-from reward.train import PreferenceConfig, _Collator, _Member, fit, hold_out, pairs_of, preference_loss
+from reward.calibration import RATINGS, VOTES, Calibration, ordinal_log_likelihood
+from reward.examples import Collator, DeliberationSampler, Member, members_of, pairs_of
+from reward.heads import apply_head, head_of
+from reward.objective import preference_loss
+from reward.preference import PreferenceModel
+from reward.prefixes import pad, prefix_states, suffix_features
+from reward.raters import showings
+from reward.scoring import score, score_one_by_one, score_ratings, score_responses
+from reward.train import PreferenceConfig, fit, hold_out
 
 import tiny
 
 TOKENIZER = tiny.make_tokenizer()
 START = Calibration((-2.0, -1.0, -0.3, 0.3, 1.0, 2.0), slope=1.5)
 CUTS = torch.tensor(START.cut_points)
+UNFITTED = PreferenceModel(tiny.make_judge(TOKENIZER), TOKENIZER, START)
+
+
+def member(prefix, suffixes, labels, deliberation=0, heads=1):
+    return Member(deliberation, prefix, suffixes, labels, pairs_of(labels, 2), [1.0] * heads)
+
+
 MEMBERS = [
-    _Member([5, 6, 7], [[11], [12, 13, 14], [15, 16], [17] * 6], [7, 2, 4, 4]),
-    _Member([8], [[20, 21], [22]], [3, 4]),
-    _Member([9, 10], [[30], [31, 32]], [1, 6]),
+    member([5, 6, 7], [[11], [12, 13, 14], [15, 16], [17] * 6], [7, 2, 4, 4]),
+    member([8], [[20, 21], [22]], [3, 4], deliberation=1),
+    member([9, 10], [[30], [31, 32]], [1, 6], deliberation=2),
 ]
+
+
+def collate(members, rows_a_pass=16, **keys):
+    return Collator(UNFITTED, 2, rows_a_pass, **keys)(members)
+
+
+def loss_of(scores, batch, slope, ordinal_weight):
+    """The loss of one head: scores [rows]."""
+    return preference_loss(scores[:, None], batch, Calibration(START.cut_points, slope), ordinal_weight)[0]
+
+
+def suffix_scores(model, prefixes, ids, lengths, owners):
+    return apply_head(head_of(model), suffix_features(model, prefixes, ids, lengths, owners))[:, 0]
 
 
 def config(tmp_path, **changes):
@@ -56,35 +84,35 @@ def test_pairs_keep_the_margin():
 
 
 def test_loss_equals_a_plain_loop():
-    batch = _Collator(margin=2, rows_a_pass=3)(MEMBERS)
+    batch = collate(MEMBERS, 3)
     rows = [(int(o), int(i)) for one in batch["passes"] for o, i in zip(one["owners"], one["ids"][:, 0], strict=True)]
     value = {row: 0.1 * row[1] - 0.7 * row[0] for row in rows}  # any score, told apart by first token
     scores = torch.tensor([value[row] for row in rows])
     expected = 0.0
-    for i, member in enumerate(MEMBERS):
-        s = [value[i, suffix[0]] for suffix in member.suffixes]
-        pairs = pairs_of(member.ratings, 2)
+    for i, one in enumerate(MEMBERS):
+        s = [value[i, suffix[0]] for suffix in one.suffixes]
+        pairs = pairs_of(one.labels, 2)
         for w, other in pairs:
             expected += np.log1p(np.exp(-1.5 * (s[w] - s[other]))) / len(pairs)
-        likely = START.probabilities(s)[np.arange(len(s)), np.array(member.ratings) - 1]
+        likely = START.probabilities(s)[np.arange(len(s)), np.array(one.labels) - 1]
         expected += 0.25 * -np.log(likely).mean()
-    assert float(preference_loss(scores, batch, CUTS, 1.5, 0.25)) == pytest.approx(expected, rel=1e-5)
+    assert float(loss_of(scores, batch, 1.5, 0.25)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_sign_the_preferred_statement_rises():
-    batch = _Collator(2, 16)([_Member([5], [[6], [7]], [7, 1])])
+    batch = collate([member([5], [[6], [7]], [7, 1])])
     scores = torch.zeros(2, requires_grad=True)
-    preference_loss(scores, batch, CUTS, 1.0, 0.0).backward()
+    loss_of(scores, batch, 1.0, 0.0).backward()
     assert scores.grad[0] < 0 < scores.grad[1]
 
 
 def test_loss_and_gradient_do_not_depend_on_passes_or_order_of_members():
     def run(members, rows_a_pass):
         model = tiny.make_judge(TOKENIZER)
-        batch = _Collator(2, rows_a_pass)(members)
+        batch = collate(members, rows_a_pass)
         states = prefix_states(model, batch["prefix_ids"], batch["prefix_lengths"])
         scores = torch.cat([suffix_scores(model, states, **one) for one in batch["passes"]])
-        loss = preference_loss(scores, batch, CUTS, 1.5, 0.5)
+        loss = loss_of(scores, batch, 1.5, 0.5)
         loss.backward()
         return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -99,9 +127,9 @@ def test_loss_and_gradient_do_not_depend_on_passes_or_order_of_members():
 
 
 def test_a_batch_without_pairs_still_has_a_gradient():
-    batch = _Collator(2, 16)([MEMBERS[1]])
+    batch = collate([MEMBERS[1]])
     scores = torch.zeros(2, requires_grad=True)
-    loss = preference_loss(scores, batch, CUTS, 1.0, 1.0)
+    loss = loss_of(scores, batch, 1.0, 1.0)
     loss.backward()
     expected = -ordinal_log_likelihood(torch.zeros(2), torch.tensor([3, 4]), CUTS, 1.0).mean()
     torch.testing.assert_close(loss.detach(), expected)
@@ -208,7 +236,7 @@ def test_a_language_model_gets_a_head(tmp_path):
 
 
 def test_starting_scale_keeps_what_scores_tell_and_else_makes_one_deviation_a_logit(fitted):
-    own = train._starting_scale(fitted, world(20, seed=5))
+    own = train._starting_scale(fitted, world(20, seed=5), RATINGS)
     assert own.slope == pytest.approx(fitted.calibration.slope, rel=0.5)
     random = PreferenceModel(tiny.make_judge(TOKENIZER, seed=7), TOKENIZER, START)
     ratings = [r for r in world(20) for _ in (0, 1)]
@@ -217,7 +245,7 @@ def test_starting_scale_keeps_what_scores_tell_and_else_makes_one_deviation_a_lo
         Rating(r.deliberation_id, r.member, "Q?", "o", r.statement, int(a), 4)
         for r, a in zip(ratings, shuffled, strict=True)
     ]
-    scale = train._starting_scale(random, ratings)
+    scale = train._starting_scale(random, ratings, RATINGS)
     assert scale.slope * score_ratings(random, ratings).std() == pytest.approx(1, rel=1e-4)
 
 
@@ -233,6 +261,150 @@ def test_dropout_is_off_in_training(tmp_path):
     assert torch.equal(once, twice) and model.extra.p == 0
 
 
+# --- every kind of response, encoders, and the ensemble
+
+
+def told(kind, deliberations, first=0):
+    """The likings of ``world`` as votes, ranks or choices."""
+    colours = {"blue": 1, "pink": -1}
+    rows = []
+    for d in range(first, first + deliberations):
+        for k, opinion in enumerate(("generous", "strict")):
+            if kind is Choice:
+                rows += [Choice(f"d{d}", k, "Q?", opinion, f"blue {x}", f"pink {x}") for x in ("car", "hat")]
+                continue
+            for colour, liking in colours.items():
+                for x in ("car", "hat"):
+                    value = liking if kind is Vote else int(liking < 0)
+                    rows.append(kind(f"d{d}", k, "Q?", opinion, f"{colour} {x}", value))
+    return rows
+
+
+@pytest.mark.parametrize("kind", [Vote, Rank, Choice])
+def test_it_fits_votes_ranks_and_choices(tmp_path, kind):
+    model = tiny.make_judge(TOKENIZER)
+    result = fit(config(tmp_path, max_steps=25), told(kind, 20), told(kind, 5, 50), model, TOKENIZER, progress=False)
+    assert result.calibration.values == VOTES
+    utilities = score_one_by_one(result, "Q?", ["generous"], ["blue hat", "pink hat"]).utilities[0]
+    assert 1 <= utilities[1] < utilities[0] - 1 <= 6
+    result.save(tmp_path / "m")
+    assert PreferenceModel.load(tmp_path / "m").calibration == result.calibration
+
+
+def test_choices_beside_votes_are_fitted_and_ratings_beside_votes_are_refused(tmp_path):
+    both = [*told(Vote, 6), *told(Choice, 6)]
+    result = fit(config(tmp_path, max_steps=1), both, told(Vote, 2, 50), tiny.make_judge(TOKENIZER), TOKENIZER, False)
+    assert result.metadata["measures"]["auc"] is not None
+    with pytest.raises(InputError, match="two scales") as error:
+        fit(config(tmp_path), [*told(Vote, 2), *world(2)], world(2, first=50), tiny.make_judge(TOKENIZER), TOKENIZER)
+    assert error.value.field == "ratings"
+
+
+def test_a_pass_is_no_vote():
+    rows = [Vote("d", 0, "Q?", "o", text, vote) for text, vote in (("a", 1), ("b", 0), ("c", -1))]
+    (one,) = members_of(UNFITTED, rows, margin=1)
+    assert one.labels == [2, 0, 1] and one.pairs == [(0, 2)]
+
+
+@pytest.mark.parametrize("arch", ["bert", "roberta"])
+@pytest.mark.parametrize("peft", [False, True])
+def test_encoders_are_fitted_in_full_and_with_lora_and_load_plainly(tmp_path, arch, peft):
+    tokenizer = tiny.make_encoder_tokenizer(arch)
+    arguments = config(
+        tmp_path, max_steps=40, use_peft=peft, lora_target_modules=["query", "value"], lora_r=8, learning_rate=5e-3
+    )
+    model = tiny.make_encoder(tokenizer, arch)
+    result = fit(arguments, world(20), world(5, seed=1, first=50), model, tokenizer, progress=False)
+    assert result.metadata["measures"]["accuracy"] > 0.8
+    result.save(tmp_path / "m")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    pair = tokenizer(preference_prefix("Q?", "strict"), preference_suffix("blue hat"), return_tensors="pt")
+    ours = score_one_by_one(PreferenceModel.load(tmp_path / "m"), "Q?", ["strict"], ["blue hat"]).raw[0, 0]
+    with torch.no_grad():
+        assert plain(**pair).logits.shape == (1, 1)
+        assert plain(**pair).logits[0, 0].item() == pytest.approx(float(ours), abs=1e-5)
+
+
+def test_an_encoder_is_fitted_with_prefix_attention_and_keeps_it(tmp_path):
+    tokenizer = tiny.make_encoder_tokenizer()
+    arguments = config(tmp_path, max_steps=40, attention="prefix", learning_rate=5e-3, freeze_embeddings=True)
+    model = tiny.make_encoder(tokenizer)
+    before = model.bert.embeddings.word_embeddings.weight.clone()
+    result = fit(arguments, world(20), world(5, seed=1, first=50), model, tokenizer, progress=False)
+    assert result.metadata["measures"]["accuracy"] > 0.8
+    assert torch.equal(result.model.bert.embeddings.word_embeddings.weight, before)
+    result.save(tmp_path / "m")
+    loaded = PreferenceModel.load(tmp_path / "m")
+    assert loaded.attention == "prefix"
+    texts = "Q?", ["strict", "generous"], ["blue hat", "pink sea"]
+    np.testing.assert_allclose(score(loaded, *texts).raw, score_one_by_one(result, *texts).raw, atol=1e-5)
+
+
+def test_the_saved_head_is_the_mean_of_the_ensemble_and_members_lie_beside_it(fitted, tmp_path):
+    fitted.save(tmp_path / "m")
+    loaded = PreferenceModel.load(tmp_path / "m")
+    assert (tmp_path / "m" / "ensemble.safetensors").is_file() and loaded.ensemble.out_features == 4
+    rows = score_responses(loaded, world(2, first=90))
+    np.testing.assert_allclose(rows.ensemble.mean(axis=1), rows.raw, atol=1e-5)
+    assert rows.ensemble.std(axis=1).min() > 0
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    assert plain.config.num_labels == 1
+    scores = score(loaded, "Q?", ["strict", "generous"], ["blue hat"])
+    assert scores.sd.shape == (2, 1) and (scores.sd > 0).all()
+    np.testing.assert_allclose(scores.sd, score(fitted, "Q?", ["strict", "generous"], ["blue hat"]).sd, atol=1e-6)
+
+
+def test_one_head_is_no_ensemble(tmp_path):
+    model = tiny.make_judge(TOKENIZER)
+    result = fit(config(tmp_path, heads=1, max_steps=1), world(4), world(2, first=50), model, TOKENIZER, progress=False)
+    assert result.ensemble is None and score(result, "Q?", ["o"], ["s"]).sd is None
+    result.save(tmp_path / "m")
+    assert not (tmp_path / "m" / "ensemble.safetensors").exists()
+
+
+def test_each_head_sees_its_own_weights_of_members():
+    several = members_of(UNFITTED, world(200), margin=2, heads=3, seed=1)
+    weights = np.array([m.weights for m in several])
+    np.testing.assert_allclose(weights.mean(axis=0), 1, atol=0.15)
+    assert abs(np.corrcoef(weights.T)[0, 1]) < 0.15
+    batch = collate(several[:4])
+    assert batch["pair_weights"].shape == (len(batch["pairs"]), 3) and batch["row_weights"].shape[1] == 3
+
+
+def test_between_pairs_are_members_of_a_deliberation_told_apart_by_one_statement():
+    same = [member([5], [[9], [8]], [7, 1]), member([6], [[9], [8]], [2, 2]), member([7], [[9]], [1], deliberation=1)]
+    batch = collate(same, between_weight=0.5)
+    rows = [(same[o].prefix[0], int(i[0])) for one in batch["passes"] for o, i in zip(one["owners"], one["ids"])]
+    weights = batch["pair_weights"][:, 0].tolist()
+    found = {(rows[w], rows[x]): weight for (w, x), weight in zip(batch["pairs"], weights, strict=True)}
+    assert found == {((5, 9), (5, 8)): 1.0, ((5, 9), (6, 9)): 1.0}  # within; between: 0.5 x 2 members / 1 pair
+
+
+def test_with_between_pairs_a_deliberations_members_come_together():
+    members = members_of(UNFITTED, world(12), margin=2)
+    order = list(DeliberationSampler(members, seed=3))
+    assert sorted(order) == list(range(24))
+    together = [members[i].deliberation for i in order]
+    assert all(a == b for a, b in zip(together[::2], together[1::2], strict=True))
+    assert order == list(DeliberationSampler(members, seed=3)) != list(DeliberationSampler(members, seed=4))
+
+
+def test_between_pairs_teach_whose_opinion_is_read(tmp_path):
+    def gap(weight):
+        arguments = config(tmp_path, between_weight=weight, ordinal_weight=0.0, max_steps=30, heads=1)
+        rows = [Rating(f"d{d}", k, "Q?", o, "so", a, 4) for d in range(20) for k, (o, a) in enumerate(OPPOSED)]
+        rows += [Rating("x", 0, "Q?", "none", text, a, 4) for text, a in (("up", 7), ("down", 1))]
+        model = tiny.make_judge(TOKENIZER)
+        model = fit(arguments, rows, world(2, first=50), model, TOKENIZER, progress=False)
+        raw = score_one_by_one(model, "Q?", [o for o, _ in OPPOSED], ["so"]).raw[:, 0]
+        return raw[0] - raw[1]
+
+    assert gap(2.0) > gap(0.0) + 0.5
+
+
+OPPOSED = [("yes please", 7), ("not at all", 1)]
+
+
 # --- bad input
 
 
@@ -242,6 +414,10 @@ def test_dropout_is_off_in_training(tmp_path):
         ({"margin": 0}, "margin"),
         ({"margin": 7}, "margin"),
         ({"ordinal_weight": -1.0}, "ordinal_weight"),
+        ({"between_weight": -0.1}, "between_weight"),
+        ({"heads": 0}, "heads"),
+        ({"attention": "causal"}, "attention"),
+        ({"min_kappa": 1.5}, "min_kappa"),
         ({"eval_share": 1.0}, "eval_share"),
         ({"activation_checkpointing": True}, "activation_checkpointing"),
         ({"resume_from_checkpoint": "runs/nowhere/checkpoint-1"}, "resume_from_checkpoint"),
@@ -294,7 +470,7 @@ def test_keys_come_from_yaml_and_from_the_command_line(tmp_path, capsys):
     file = tmp_path / "preference.yaml"
     file.write_text("ratings: r.jsonl\nmargin: 3\nlearning_rate: 2.0e-4\nuse_peft: true\noutput_dir: out\n")
     (parsed,) = TrlParser(PreferenceConfig).parse_args_and_config(["--config", str(file), "--margin", "1"])
-    assert (parsed.margin, parsed.learning_rate, parsed.use_peft, parsed.ratings) == (1, 2e-4, True, "r.jsonl")
+    assert (parsed.margin, parsed.learning_rate, parsed.use_peft, parsed.ratings) == (1, 2e-4, True, ["r.jsonl"])
     assert parsed.bf16 is False and parsed.num_train_epochs == 1
     with pytest.raises(SystemExit) as end:
         TrlParser(PreferenceConfig).parse_args_and_config(["--help"])
@@ -310,19 +486,18 @@ def test_main_reads_fits_and_saves(tmp_path):
     out = tmp_path / "out"
     train.main(config(out, model_name_or_path=str(base), ratings=str(data), max_steps=2))
     loaded = PreferenceModel.load(out)
-    assert loaded.metadata["ratings"] == 64 and loaded.metadata["eval_ratings"] == 16
+    kept, held_out = hold_out(world(10), 0.15, seed=42)  # a statement drawn twice counts once, as in a second showing
+    assert loaded.metadata["ratings"] == len(showings(kept)[0])
+    assert loaded.metadata["eval_ratings"] == len(showings(held_out)[0])
+    assert (out / "reliability.png").stat().st_size > 5000
 
 
 def test_data_seed_zero_is_a_seed(tmp_path):
     def order(**keys):
         arguments = config(tmp_path, **keys)
-        members = [_Member([1], [[2, 3]], [4])] * 40
-        start = Calibration((-3.0, -2.0, -1.0, 1.0, 2.0, 3.0))
-        return list(
-            train._PreferenceTrainer(
-                tiny.make_judge(TOKENIZER), arguments, members, start, TOKENIZER
-            )._get_train_sampler()
-        )
+        members = [member([1], [[2, 3]], [4])] * 40
+        trainer = train._PreferenceTrainer(tiny.make_judge(TOKENIZER), arguments, members, UNFITTED)
+        return list(trainer._get_train_sampler())
 
     assert order(seed=5, data_seed=0) == order(seed=0) != order(seed=5)
 

@@ -21,10 +21,14 @@ from transformers import (
     MistralForSequenceClassification,
 )
 
+from deliberation.prompts import preference_prefix, preference_suffix
 from deliberation.types import InputError, Rating
 from reward import scoring
+from reward.heads import apply_head, head_of
 from reward.preference import Calibration, PreferenceModel
-from reward.scoring import pad, prefix_states, score, score_one_by_one, score_ratings, suffix_scores
+from reward.prefix_cache import PrefixCache
+from reward.prefixes import pad, prefix_states, shared_states, suffix_features
+from reward.scoring import score, score_one_by_one, score_ratings
 
 import tiny
 
@@ -105,25 +109,150 @@ def test_utilities_are_the_calibrated_scores():
     np.testing.assert_allclose(scores.utilities, CALIBRATION.utilities(scores.raw), rtol=1e-6)
 
 
+def suffix_scores(model, *rows):
+    return apply_head(head_of(model), suffix_features(model, *rows))[:, 0]
+
+
 def test_prefixes_once_and_equal_texts_once(monkeypatch):
     seen = {"prefixes": 0, "rows": 0}
 
-    def count_prefixes(model, ids, lengths):
-        seen["prefixes"] += len(ids)
-        return prefix_states(model, ids, lengths)
+    def count_prefixes(model, prefixes, device):
+        seen["prefixes"] += len(prefixes)
+        return shared_states(model, prefixes, device)
 
     def count_rows(model, states, ids, lengths, owners):
         seen["rows"] += len(ids)
-        return suffix_scores(model, states, ids, lengths, owners)
+        return suffix_features(model, states, ids, lengths, owners)
 
-    monkeypatch.setattr(scoring, "prefix_states", count_prefixes)
-    monkeypatch.setattr(scoring, "suffix_scores", count_rows)
+    monkeypatch.setattr(scoring, "shared_states", count_prefixes)
+    monkeypatch.setattr(scoring, "suffix_features", count_rows)
     opinions, statements = [*OPINIONS, OPINIONS[0]], [*STATEMENTS, STATEMENTS[1], " " + STATEMENTS[1] + "\n"]
     scores = score(MODEL, QUESTION, opinions, statements, batch_tokens=200)
     assert seen == {"prefixes": 3, "rows": 12}
     np.testing.assert_array_equal(scores.raw[0], scores.raw[3])
     np.testing.assert_array_equal(scores.raw[:, 1], scores.raw[:, 5])
     same(scores, score_one_by_one(MODEL, QUESTION, opinions, statements))
+
+
+def test_the_question_runs_once_for_all_members(monkeypatch):
+    tokens = []
+    forward = MODEL.model.model.forward
+    monkeypatch.setattr(
+        MODEL.model.model, "forward", lambda **kw: tokens.append(int(kw["input_ids"].numel())) or forward(**kw)
+    )
+    question = "Should buses be free? " * 8
+    scores = score(MODEL, question, OPINIONS, STATEMENTS[:1])
+    monkeypatch.undo()
+    shared = len(MODEL.prefix_ids(question, ""))
+    whole = sum(len(MODEL.prefix_ids(question, opinion)) for opinion in OPINIONS)
+    assert sum(tokens) < whole - shared  # padding and statements included, it is less than the prefixes alone
+    same(scores, score_one_by_one(MODEL, question, OPINIONS, STATEMENTS[:1]))
+
+
+@pytest.mark.parametrize("prefixes", [[[5, 6, 7]], [[5] * 20, [5] * 9, [5] * 8 + [6] * 30], [[5, 6], [7, 8, 9]]])
+def test_shared_states_equal_those_of_each_prefix_alone(prefixes):
+    with torch.no_grad():
+        together = shared_states(MODEL.model, prefixes, "cpu")
+        assert together.lengths.tolist() == [len(p) for p in prefixes]
+        for member, prefix in zip(together.split(), prefixes, strict=True):
+            alone = prefix_states(MODEL.model, *pad([prefix])).split()[0]
+            for ours, reference in zip(member, alone, strict=True):
+                torch.testing.assert_close(ours, reference, atol=1e-5, rtol=0)
+
+
+# --- prefixes kept across calls
+
+
+def test_a_cache_keeps_members_across_calls_and_changes_no_score():
+    cache = PrefixCache()
+    for opinions in (OPINIONS[:2], OPINIONS, OPINIONS[::-1]):
+        same(
+            score(MODEL, QUESTION, opinions, STATEMENTS, cache=cache),
+            score_one_by_one(MODEL, QUESTION, opinions, STATEMENTS),
+        )
+    assert (cache.hits, cache.misses) == (2 + 3, 2 + 1)
+
+
+def test_a_cache_is_bounded_and_drops_what_was_used_least_recently():
+    one = PrefixCache()
+    score(MODEL, QUESTION, OPINIONS[:1], STATEMENTS[:1], cache=one)
+    cache = PrefixCache(max_bytes=int(one.bytes * 2.5))
+    for opinion in ("Yes.", "Noo.", "Yes.", "Why."):  # "Noo." goes, not "Yes."
+        score(MODEL, QUESTION, [opinion], STATEMENTS[:1], cache=cache)
+        assert cache.bytes <= cache.max_bytes
+    before = cache.misses
+    score(MODEL, QUESTION, ["Yes.", "Why."], STATEMENTS[:1], cache=cache)
+    assert cache.misses == before
+    score(MODEL, QUESTION, ["Noo."], STATEMENTS[:1], cache=cache)
+    assert cache.misses == before + 1
+
+
+def test_a_prefix_larger_than_the_cache_is_scored_and_not_kept():
+    cache = PrefixCache(max_bytes=10)
+    same(score(MODEL, QUESTION, OPINIONS, STATEMENTS, cache=cache), score(MODEL, QUESTION, OPINIONS, STATEMENTS))
+    assert cache.bytes == 0
+
+
+# --- encoders
+
+
+def encoder(arch):
+    """A tiny random BERT (with token types) or RoBERTa (offset positions, a head in two layers)."""
+    torch.manual_seed(0)
+    tokenizer = tiny.make_encoder_tokenizer(arch)
+    return PreferenceModel(tiny.make_encoder(tokenizer, arch), tokenizer, CALIBRATION)
+
+
+@pytest.mark.parametrize("arch", ["bert", "roberta"])
+@pytest.mark.parametrize("batch_tokens", [1, 200, 100_000])
+def test_encoders_equal_one_by_one_and_the_plain_text_pair(arch, batch_tokens):
+    model = encoder(arch)
+    scores = score(model, QUESTION, [*OPINIONS, OPINIONS[0]], STATEMENTS, batch_tokens=batch_tokens)
+    reference = score_one_by_one(model, QUESTION, [*OPINIONS, OPINIONS[0]], STATEMENTS)
+    assert reference.raw.std() > 1e-2
+    same(scores, reference)
+    pair = model.tokenizer(
+        preference_prefix(QUESTION, OPINIONS[1]), preference_suffix(STATEMENTS[2]), return_tensors="pt"
+    )
+    with torch.no_grad():
+        assert scores.raw[1, 2] == pytest.approx(model.model(**pair).logits[0, 0].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 200, 100_000])
+def test_prefix_attention_of_an_encoder_shares_prefixes_and_equals_the_plain_model_with_its_mask(batch_tokens):
+    model = encoder("bert")
+    pair = score_one_by_one(model, QUESTION, OPINIONS, STATEMENTS)
+    model.attention = "prefix"
+    reference = score_one_by_one(model, QUESTION, OPINIONS, STATEMENTS)
+    assert np.abs(reference.raw - pair.raw).max() > 1e-3  # the mask is another model
+    cache = PrefixCache()
+    for keep in (None, cache, cache):
+        same(score(model, QUESTION, OPINIONS, STATEMENTS, batch_tokens=batch_tokens, cache=keep), reference)
+    assert cache.hits == 3
+
+
+def test_prefix_attention_is_refused_where_no_cls_is_pooled():
+    model = encoder("roberta")
+    model.attention = "prefix"
+    with pytest.raises(InputError, match="pair"):
+        score(model, QUESTION, OPINIONS, STATEMENTS)
+
+
+# --- texts that do not fit
+
+
+def test_an_opinion_that_does_not_fit_is_an_error_that_names_the_member_or_is_cut_with_a_warning():
+    model = small_context(120)
+    opinions = ["short", "word " * 40, "also short"]
+    with pytest.raises(InputError) as error:
+        score(model, "Q?", opinions, ["yes", "no"])
+    assert error.value.field == "opinions[1]"
+    scores = score(model, "Q?", opinions, ["yes", "no"], truncate=True)
+    assert len(scores.warnings) == 1 and scores.warnings[0].startswith("Opinion 1 was cut to its first ")
+    kept = int(scores.warnings[0].split(" first ")[1].split()[0])
+    same(scores, score_one_by_one(model, "Q?", [opinions[0], "word " * kept, opinions[2]], ["yes", "no"]))
+    with pytest.raises(InputError):  # one more word would not fit
+        score(model, "Q?", ["word " * (kept + 1)], ["yes", "no"])
 
 
 def test_padding_is_never_read_even_when_pad_is_eos():
@@ -218,21 +347,28 @@ def test_sliding_windows_are_refused():
         score(model, QUESTION, OPINIONS, STATEMENTS)
 
 
-def test_texts_longer_than_the_model_reads_are_refused():
+def small_context(positions):
     config = LlamaConfig(
         vocab_size=260,
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        max_position_embeddings=80,
+        max_position_embeddings=positions,
         num_labels=1,
         pad_token_id=0,
     )
-    model = PreferenceModel(LlamaForSequenceClassification(config).eval(), MODEL.tokenizer, CALIBRATION)
+    return PreferenceModel(LlamaForSequenceClassification(config).eval(), MODEL.tokenizer, CALIBRATION)
+
+
+def test_a_statement_longer_than_the_model_reads_is_refused_by_name():
+    model = small_context(80)
     assert score(model, "Q?", ["o"], ["yes"]).raw.shape == (1, 1)
+    with pytest.raises(InputError, match="at most 80") as error:
+        score(model, "Q?", ["o"], ["yes", "y" * 60], truncate=True)
+    assert error.value.field == "statements[1]"
     with pytest.raises(InputError, match="at most 80"):
-        score(model, "Q?", ["o"], ["yes", "y" * 60])
+        score_ratings(model, [Rating("d", 0, "Q?", "o", "y" * 60, 4, 4)])
 
 
 @pytest.mark.parametrize(

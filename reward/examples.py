@@ -1,0 +1,211 @@
+"""Responses -> one example a member of a deliberation -> batches, for fitting a preference model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from deliberation.types import Choice, InputError, Rank, Rating, Response, Vote
+from reward.calibration import RATINGS, VOTES
+from reward.preference import PreferenceModel
+from reward.prefixes import pad
+from reward.scoring import encoder_inputs
+
+Pairs = list[tuple[int, int]]
+"""(preferred, other) as row numbers."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """What one member said in one deliberation, as token ids.
+
+    Attributes:
+        deliberation: number of the deliberation; members of the same one rated the same statements.
+        prefix: question and opinion.
+        suffixes: the statements, each once.
+        labels: for each statement its rating's place on the scale, from 1; 0 where it has none (ranked, or chosen).
+        pairs: statements the member told apart.
+        weights: one a head of the ensemble, mean 1 over members (Bayesian bootstrap, Rubin 1981).
+    """
+
+    deliberation: int
+    prefix: list[int]
+    suffixes: list[list[int]]
+    labels: list[int]
+    pairs: Pairs
+    weights: list[float]
+
+
+def scale_of(responses: Sequence[Response]) -> tuple[int, ...]:
+    """The values people answered with: ``RATINGS``, or ``VOTES`` (also where there are ranks or choices alone).
+
+    Raises:
+        InputError: field ``ratings``, if there are both.
+    """
+    kinds = {type(r) for r in responses}
+    if {Rating, Vote} <= kinds:
+        raise InputError("ratings", "ratings and votes", "are on two scales; fit to one of them")
+    return RATINGS if Rating in kinds else VOTES
+
+
+def rows_of_members(responses: Sequence[Response]) -> dict[tuple[str, int], list[int]]:
+    """Row numbers of each (deliberation, member), in order of first appearance."""
+    rows: dict[tuple[str, int], list[int]] = {}
+    for row, response in enumerate(responses):
+        rows.setdefault((response.deliberation_id, response.member), []).append(row)
+    return rows
+
+
+def members_of(
+    model: PreferenceModel, responses: Sequence[Response], margin: int, heads: int = 1, seed: int = 0
+) -> list[Member]:
+    """One example a member and deliberation.
+
+    Args:
+        margin: smallest difference of two ratings that makes a pair; votes and ranks make one wherever they differ.
+        heads: of the ensemble; one head has weights of 1.
+        seed: of the bootstrap weights.
+    """
+    groups = rows_of_members(responses)
+    numbers = {name: k for k, name in enumerate(dict.fromkeys(name for name, _ in groups))}
+    weights = torch.ones(len(groups), heads)
+    if heads > 1:
+        weights.exponential_(generator=torch.Generator().manual_seed(seed))
+    return [
+        _member(model, [responses[row] for row in rows], margin, numbers[name], weights[k].tolist())
+        for k, ((name, _), rows) in enumerate(groups.items())
+    ]
+
+
+def _member(
+    model: PreferenceModel, responses: Sequence[Response], margin: int, deliberation: int, weights: list[float]
+) -> Member:
+    # 1. Each statement once
+    texts = [text for r in responses for text in ((r.chosen, r.rejected) if isinstance(r, Choice) else (r.statement,))]
+    place = {text: k for k, text in enumerate(dict.fromkeys(texts))}
+    # 2. What was said of it
+    labels, pairs = [0] * len(place), []  # type: list[int], Pairs
+    worth: dict[type, list[tuple[int, int]]] = {Rating: [], Vote: [], Rank: []}
+    for r in responses:
+        if isinstance(r, Choice):
+            pairs.append((place[r.chosen], place[r.rejected]))
+        elif isinstance(r, Rating):
+            labels[place[r.statement]] = r.agreement
+            worth[Rating].append((place[r.statement], r.agreement))
+        elif isinstance(r, Vote) and r.vote:  # a pass says nothing
+            labels[place[r.statement]] = 1 + (r.vote > 0)
+            worth[Vote].append((place[r.statement], r.vote))
+        elif isinstance(r, Rank):
+            worth[Rank].append((place[r.statement], -r.rank))
+    # 3. What was told apart
+    for kind, least in ((Rating, margin), (Vote, 1), (Rank, 1)):
+        rows = worth[kind]
+        pairs += [(rows[i][0], rows[j][0]) for i, j in pairs_of([value for _, value in rows], least)]
+    prefix = model.prefix_ids(responses[0].question, responses[0].opinion)
+    return Member(deliberation, prefix, [model.suffix_ids(text) for text in place], labels, pairs, weights)
+
+
+def pairs_of(values: Sequence[int], margin: int) -> Pairs:
+    """All (i, j) with values[i] - values[j] >= margin."""
+    return [(i, j) for i, a in enumerate(values) for j, b in enumerate(values) if a - b >= margin]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Members -> one batch: rows sorted by length and cut into passes of similar length.
+
+    ``pairs`` [pairs, 2] holds (preferred, other) as row numbers, within members first, then between members (on the
+    same statement). A member's pairs and rows weigh as much as the member; a deliberation's pairs between members as
+    much as its members together, times ``between_weight``. Weights are [pairs or rows, heads].
+    """
+
+    model: PreferenceModel
+    margin: int
+    rows_a_pass: int
+    between_weight: float = 0.0
+
+    def __call__(self, members: Sequence[Member]) -> dict[str, Any]:
+        rows = [(i, j) for i, member in enumerate(members) for j in range(len(member.suffixes))]
+        rows.sort(key=lambda row: self._length(members, *row))
+        place = {row: number for number, row in enumerate(rows)}
+        pairs = [(place[i, w], place[i, x], i, 1 / len(m.pairs)) for i, m in enumerate(members) for w, x in m.pairs]
+        if self.between_weight:
+            pairs += self._between(members, place)
+        bootstrap = torch.tensor([member.weights for member in members])
+        labels = torch.tensor([members[i].labels[j] for i, j in rows])
+        rated = [max(1, sum(label > 0 for label in member.labels)) for member in members]
+        owners = torch.tensor([i for i, _ in rows])
+        pair_owners, pair_weights = torch.tensor([p[2] for p in pairs], dtype=torch.long), [p[3] for p in pairs]
+        prefix_ids, prefix_lengths = pad([member.prefix for member in members])
+        return {
+            "prefix_ids": prefix_ids,
+            "prefix_lengths": prefix_lengths,
+            "passes": [self._one_pass(members, part) for part in _chunks(rows, self.rows_a_pass)],
+            "pairs": torch.tensor([p[:2] for p in pairs], dtype=torch.long).reshape(-1, 2),
+            "pair_weights": torch.tensor(pair_weights)[:, None] * bootstrap[pair_owners],
+            "labels": labels,
+            "row_weights": (labels > 0)[:, None] * bootstrap[owners] / torch.tensor(rated)[owners][:, None],
+        }
+
+    def _length(self, members: Sequence[Member], i: int, j: int) -> int:
+        return len(members[i].suffixes[j]) + (0 if self.model.shares_prefixes else len(members[i].prefix))
+
+    def _one_pass(self, members: Sequence[Member], part: list[tuple[int, int]]) -> dict[str, Any]:
+        if not self.model.shares_prefixes:
+            pairs = [(members[i].prefix, members[i].suffixes[j]) for i, j in part]
+            return dict(zip(("ids", "attention_mask", "types"), encoder_inputs(self.model, pairs), strict=True))
+        ids, lengths = pad([members[i].suffixes[j] for i, j in part])
+        return {"ids": ids, "lengths": lengths, "owners": torch.tensor([i for i, _ in part])}
+
+    def _between(
+        self, members: Sequence[Member], place: dict[tuple[int, int], int]
+    ) -> list[tuple[int, int, int, float]]:
+        """Pairs of members that rated the same statement apart; the preferring member's bootstrap weight counts."""
+        seen: dict[int, dict[tuple[int, ...], list[tuple[int, int, int]]]] = {}
+        sizes: dict[int, int] = {}
+        for i, member in enumerate(members):
+            sizes[member.deliberation] = sizes.get(member.deliberation, 0) + 1
+            for j, suffix in enumerate(member.suffixes):
+                if member.labels[j]:
+                    same = seen.setdefault(member.deliberation, {}).setdefault(tuple(suffix), [])
+                    same.append((i, place[i, j], member.labels[j]))
+        found = []
+        for deliberation, statements in seen.items():
+            told = [
+                (a[1], b[1], a[0])
+                for same in statements.values()
+                for a in same
+                for b in same
+                if a[2] - b[2] >= self.margin
+            ]
+            weight = self.between_weight * sizes[deliberation] / max(1, len(told))
+            found += [(w, x, i, weight) for w, x, i in told]
+        return found
+
+
+def _chunks(rows: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size]
+
+
+class DeliberationSampler(Sampler[int]):
+    """Members of a deliberation one after the other, deliberations and their members in shuffled order."""
+
+    def __init__(self, members: Sequence[Member], seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+        self._groups: dict[int, list[int]] = {}
+        for i, member in enumerate(members):
+            self._groups.setdefault(member.deliberation, []).append(i)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._groups.values()))
+
+    def __iter__(self) -> Iterator[int]:
+        groups = list(self._groups.values())
+        for k in torch.randperm(len(groups), generator=self.generator).tolist():
+            for i in torch.randperm(len(groups[k]), generator=self.generator).tolist():
+                yield groups[k][i]
