@@ -55,6 +55,9 @@ class DemoConfig:
     preference_groups: int = 200
     """Groups whose ratings the preference model is fitted to, half base and half SFT candidates."""
 
+    calibration_groups: int = 60
+    """Held-out groups (validation topics) whose ratings calibrate the preference model."""
+
     ppo_groups: int = 640
     """Groups whose opinions PPO writes for."""
 
@@ -71,7 +74,15 @@ class DemoConfig:
     """JSONL file of debate questions for the comparison, instead of our own test topics."""
 
     def __post_init__(self) -> None:
-        counts = ("sft_groups", "candidates", "preference_groups", "ppo_groups", "eval_groups", "num_deliberations")
+        counts = (
+            "sft_groups",
+            "candidates",
+            "preference_groups",
+            "calibration_groups",
+            "ppo_groups",
+            "eval_groups",
+            "num_deliberations",
+        )
         for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(name, getattr(self, name), "must be at least 1")
@@ -143,6 +154,22 @@ def rated(groups: Sequence[Group], candidates: Sequence[list[str]], prefix: str,
     for k, (group, texts) in enumerate(zip(groups, candidates, strict=True)):
         found += noisy_ratings(group, f"{prefix}-{k}", texts, f"demo {prefix} {seed} {k}")
     return found
+
+
+def shown_twice(groups: Sequence[Group], ratings: Sequence[Rating], seed: int) -> list[Rating]:
+    """The first rating of every statement by every citizen of a group, and a second one: it tells noise from mind."""
+    from evaluation.gold import noisy_ratings
+
+    first: dict[tuple[str, int, str], Rating] = {}
+    texts: dict[str, list[str]] = {}
+    for r in ratings:
+        first.setdefault((r.deliberation_id, r.member, r.statement), r)
+        if r.statement not in texts.setdefault(r.deliberation_id, []):
+            texts[r.deliberation_id].append(r.statement)
+    second = []
+    for name, statements in texts.items():
+        second += noisy_ratings(groups[int(name.rpartition("-")[2])], name, statements, f"demo again {seed} {name}")
+    return [*first.values(), *second]
 
 
 def good_statements(groups: Sequence[Group], ratings: Sequence[Rating], at_least: float) -> list[dict[str, Any]]:
@@ -272,9 +299,23 @@ def _rate_candidates(
         half, few = config.candidates // 2, groups[: config.preference_groups]
         texts = sample_candidates(str(out / "sft"), few, config.candidates - half, config.seed + 1, "SFT candidates")
         fresh = rated(few, texts, "base", config.seed + 1)
-        ratings = [*_first_candidates(base, half, len(few)), *fresh]
+        ratings = shown_twice(few, [*_first_candidates(base, half, len(few)), *fresh], config.seed)
         write_jsonl(data / "ratings.jsonl", [asdict(r) for r in ratings])
+        held_out = _calibration_ratings(config, str(out / "sft"))
+        write_jsonl(data / "eval_ratings.jsonl", [asdict(r) for r in held_out])
         result.append(f"{len(ratings)} ratings in {data / 'ratings.jsonl'}")
+
+
+def _calibration_ratings(config: DemoConfig, policy: str) -> list[Rating]:
+    """Ratings of candidates of both writers on topics that neither the shipped judge nor the fit has seen."""
+    groups = draw_groups("validation", config.calibration_groups, f"calibration {config.seed}")
+    ratings: list[Rating] = []
+    for k, path in enumerate(("embedded/writer", policy)):
+        texts = sample_candidates(
+            path, groups, config.candidates // 2, config.seed + 2 + k, "candidates for calibration"
+        )
+        ratings += rated(groups, texts, "held-out", config.seed + 2 + k)
+    return shown_twice(groups, ratings, config.seed + 1)
 
 
 def _first_candidates(ratings: Sequence[Rating], count: int, groups: int) -> list[Rating]:
@@ -293,7 +334,8 @@ def _preference(stages: Stages, config: DemoConfig, out: Path, data: Path, log: 
     from reward.train import main as preference
 
     with stages("preference", "Fit the preference model to those ratings") as result:
-        keys = {"ratings": data / "ratings.jsonl", "output_dir": out / "preference", "seed": config.seed}
+        keys = {"ratings": data / "ratings.jsonl", "eval_ratings": data / "eval_ratings.jsonl",
+                "output_dir": out / "preference", "seed": config.seed}  # fmt: skip
         with quiet(log):
             fitted = preference(stage_config("preference", **keys))
         found = fitted.metadata["measures"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -132,31 +133,34 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Ensemble's scores -> standard deviation of a utility: sd = |du/ds| sqrt(tau^2 + kappa^2 var_k(s_k)).
+    """Ensemble's scores -> standard deviation of a utility: sd^2 = tau^2 + (du/ds)^2 (rho^2 + kappa^2 var_k(s_k)).
 
-    The score's error is one part that all rows share (tau) and one that grows with the ensemble's disagreement (kappa);
-    the slope of the calibration carries it over to the utility (delta method), so it vanishes where the scale ends.
+    One part of the error is the same everywhere (tau), one is an error of the score (rho), and one of the score where
+    the ensemble disagrees (kappa). The slope of the calibration carries the latter two over to the utility (delta
+    method), so they shrink where the scale ends.
 
     Attributes:
-        tau: >= 0, in units of the score.
+        tau: >= 0, on the 1 to 7 scale.
+        rho: >= 0, in units of the score.
         kappa: >= 0, no unit; 1 takes the ensemble's spread as it is.
 
     Raises:
-        InputError: field ``tau`` or ``kappa``.
+        InputError: field ``tau``, ``rho`` or ``kappa``.
     """
 
     tau: float = 0.0
+    rho: float = 0.0
     kappa: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("tau", "kappa"):
+        for name in ("tau", "rho", "kappa"):
             if not (np.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(name, getattr(self, name), "must be a finite number, 0 or more")
 
     def sd(self, calibration: Calibration, scores: ArrayLike, ensemble: ArrayLike) -> NDArray[np.float64]:
         """Standard deviations on the 1 to 7 scale: scores [...], the heads' scores [..., heads] -> [...]."""
-        spread = np.asarray(ensemble, dtype=np.float64).var(axis=-1, ddof=1)
-        return calibration.utility_slopes(scores) * np.sqrt(self.tau**2 + self.kappa**2 * spread)
+        parts = np.square([self.tau, self.rho, self.kappa])
+        return np.sqrt(_parts_of_variance(calibration, scores, ensemble) @ parts)
 
     @classmethod
     def fit(
@@ -164,7 +168,7 @@ class Uncertainty:
     ) -> Uncertainty:
         """From two ratings of each row by the same member, which share the member's mind but not the noise of the hand.
 
-        E[(r1 - u)(r2 - u)] is then the squared error of the utility against the noise-free rating. Both parts are
+        E[(r1 - u)(r2 - u)] is then the squared error of the utility against the noise-free rating. The three parts are
         fitted to it by least squares, none below 0. Where that finds no error at all, the ensemble's own spread is
         taken and a warning says so.
 
@@ -174,21 +178,27 @@ class Uncertainty:
         s, r1, r2 = (np.asarray(x, dtype=np.float64) for x in (scores, first, second))
         if not s.shape == r1.shape == r2.shape or s.size == 0:
             raise InputError("second_ratings", r2.shape, f"give one a first rating ({r1.shape[0]})")
-        u, slope = calibration.utilities(s), calibration.utility_slopes(s)
-        spread = np.asarray(ensemble, dtype=np.float64).var(axis=-1, ddof=1)
-        design = np.stack([slope**2, slope**2 * spread], axis=1)
-        parts = nonnegative_least_squares(design, (r1 - u) * (r2 - u))
+        u = calibration.utilities(s)
+        parts = nonnegative_least_squares(_parts_of_variance(calibration, s, ensemble), (r1 - u) * (r2 - u))
         if not parts.any():
             warnings.warn("two ratings of a statement show no error of the utilities; give more of them", stacklevel=2)
             return cls()
         return cls(*(float(part) for part in np.sqrt(parts)))
 
 
+def _parts_of_variance(calibration: Calibration, scores: ArrayLike, ensemble: ArrayLike) -> NDArray[np.float64]:
+    """What tau^2, rho^2 and kappa^2 are multiplied with: scores [...] -> [..., 3]."""
+    slope = calibration.utility_slopes(scores) ** 2
+    spread = np.asarray(ensemble, dtype=np.float64).var(axis=-1, ddof=1)
+    return np.stack([np.ones_like(slope), slope, slope * spread], axis=-1)
+
+
 def nonnegative_least_squares(design: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """min |design x - target| with x >= 0, for a design [n, 2]: the best of the four sets of free columns."""
-    best, error = np.zeros(2), float(target @ target)
-    for free in ([0, 1], [0], [1]):
-        x = np.zeros(2)
+    """min |design x - target| over x >= 0, for a design [n, k] with few columns: every set of free ones is tried."""
+    columns = range(design.shape[1])
+    best, error = np.zeros(len(columns)), float(target @ target)
+    for free in (list(c) for size in columns for c in combinations(columns, size + 1)):
+        x = np.zeros(len(columns))
         x[free] = np.linalg.lstsq(design[:, free], target, rcond=None)[0]
         residual = float(((design @ x - target) ** 2).sum())
         if (x >= 0).all() and residual < error:

@@ -15,14 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deliberation.prompts import clean_statement
-from deliberation.types import RATING_SCALE, InputError
+from deliberation.types import InputError
 from reward.preference import PreferenceModel
+from reward.prefix_cache import PrefixCache
 from reward.scoring import Scores, score
-from reward.welfare import parse_welfare
+from reward.welfare import LOWEST_UTILITY, check_uncertainty_penalty, lower_utilities, parse_welfare
 from reward.welfare import welfare as group_welfare
-
-LOWEST_UTILITY = float(RATING_SCALE[0])
-"""What an empty statement is worth to every member; the preference model is not asked."""
 
 
 class Scorer(Protocol):
@@ -37,18 +35,27 @@ class LocalScorer:
     """A preference model in this process."""
 
     def __init__(self, preference_model: PreferenceModel, batch_tokens: int | None = None):
-        self.preference_model, self.batch_tokens = preference_model, batch_tokens
+        self.preference_model, self.batch_tokens, self.cache = preference_model, batch_tokens, PrefixCache()
 
     def score(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Scores:
-        return score(self.preference_model, question, opinions, statements, batch_tokens=self.batch_tokens)
+        """The members' prefixes stay in memory for the next call."""
+        model, limit = self.preference_model, self.batch_tokens
+        return score(model, question, opinions, statements, batch_tokens=limit, cache=self.cache)
 
 
-def make_group_reward(scorer: Scorer, welfare: str | float) -> Callable[..., Awaitable[list[float | None]]]:
+def make_group_reward(
+    scorer: Scorer, welfare: str | float, uncertainty_penalty: float = 0.0
+) -> Callable[..., Awaitable[list[float | None]]]:
     """The reward function for one scorer and one welfare function (a name, or an inequality aversion).
 
+    Args:
+        uncertainty_penalty: lambda >= 0; utilities enter welfare as mean - lambda * sd, not below 1. Needs a
+            preference model with an ensemble.
+
     Raises:
-        InputError: field ``welfare``.
+        InputError: field ``welfare`` or ``uncertainty_penalty``.
     """
+    check_uncertainty_penalty(uncertainty_penalty)
     function = parse_welfare(welfare)
 
     async def group_reward(
@@ -69,7 +76,8 @@ def make_group_reward(scorer: Scorer, welfare: str | float) -> Callable[..., Awa
             completions: texts, or lists of messages.
             question, opinions, weights, clusters: one entry a completion; weights None counts all members alike;
                 clusters, one label a member, are needed by ``worst_cluster``.
-            log_metric: receives ``rewards/member_{i}/mean`` and ``rewards/worst_member/mean``.
+            log_metric: receives ``rewards/member_{i}/mean`` and ``rewards/worst_member/mean``, and with an
+                ``uncertainty_penalty`` also ``rewards/utility_sd`` and ``rewards/clamped`` (share of the utilities).
 
         Raises:
             InputError: if a column's length is not that of the completions, or a group or weight is bad.
@@ -84,7 +92,14 @@ def make_group_reward(scorer: Scorer, welfare: str | float) -> Callable[..., Awa
             if column is not None and len(column) != rows:
                 raise InputError(name, f"{len(column)} rows", f"give one a completion ({rows})")
         statements = [clean_statement(_text(completion)) for completion in completions]
-        utilities = await _utilities(scorer, question, opinions, statements)
+        utilities, deviations = await _utilities(scorer, question, opinions, statements)
+        if uncertainty_penalty:
+            pairs = zip(utilities, deviations, strict=True)
+            lowered = [lower_utilities(u, sd, uncertainty_penalty) for u, sd in pairs]
+            utilities = [bound for bound, _ in lowered]
+            if log_metric is not None and rows:
+                log_metric("rewards/utility_sd", float(np.mean([np.mean(sd) for sd in deviations if sd is not None])))
+                log_metric("rewards/clamped", float(np.mean([share for _, share in lowered])))
         if log_metric is not None and rows:
             _log(utilities, log_metric)
         row_weights = weights if weights is not None else [None] * rows
@@ -104,8 +119,11 @@ def _text(completion: Any) -> str:
 
 async def _utilities(
     scorer: Scorer, questions: Sequence[str], opinions: Sequence[Sequence[str]], statements: Sequence[str]
-) -> list[NDArray[np.float64]]:
-    """Each row's utilities [members]; rows of one group share one call of the scorer."""
+) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64] | None]]:
+    """Each row's utilities [members] and their standard deviations; rows of one group share one call of the scorer.
+
+    An empty statement's utility is certain; None where the model has no ensemble.
+    """
     # 1. Rows of each group
     groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
     for row, (question, group) in enumerate(zip(questions, opinions, strict=True)):
@@ -118,10 +136,12 @@ async def _utilities(
     answers = await asyncio.gather(*(_ask(scorer, *key, texts) for key, texts in calls.items()))
     # 3. Back to rows
     utilities = [np.full(len(group), LOWEST_UTILITY) for group in opinions]
+    deviations: list[NDArray[np.float64] | None] = [np.zeros(len(group)) for group in opinions]
     for key, scores in zip(calls, answers, strict=True):
         for column, row in enumerate(asked[key]):
             utilities[row] = np.asarray(scores.utilities[:, column], dtype=np.float64)
-    return utilities
+            deviations[row] = None if scores.sd is None else np.asarray(scores.sd[:, column], dtype=np.float64)
+    return utilities, deviations
 
 
 async def _ask(scorer: Scorer, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Scores:

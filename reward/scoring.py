@@ -142,8 +142,12 @@ def score_responses(
     preference_model: PreferenceModel, responses: Sequence[HasTexts], *, batch_tokens: int | None = None
 ) -> RowScores:
     """``score_ratings`` with what every member of the ensemble says."""
-    prefixes, owners = _distinct([tuple(preference_model.prefix_ids(r.question, r.opinion)) for r in responses])
-    suffixes = [tuple(preference_model.suffix_ids(r.statement)) for r in responses]
+    prefix_of = {(r.question, r.opinion): () for r in responses}  # type: dict[tuple[str, str], tuple[int, ...]]
+    for question, opinion in prefix_of:
+        prefix_of[question, opinion] = tuple(preference_model.prefix_ids(question, opinion))
+    suffix_of = {text: tuple(preference_model.suffix_ids(text)) for text in {r.statement for r in responses}}
+    prefixes, owners = _distinct([prefix_of[r.question, r.opinion] for r in responses])
+    suffixes = [suffix_of[r.statement] for r in responses]
     return score_rows(preference_model, prefixes, suffixes, owners, batch_tokens=batch_tokens)
 
 

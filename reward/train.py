@@ -393,7 +393,7 @@ class _PreferenceTrainer(Trainer):
     ) -> Tensor:
         """Mean loss over the batch's members; each prefix runs once and gets the gradient of all its statements."""
         model = self.accelerator.unwrap_model(model)
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # the library puts it around forward, which is not what runs here
             if self._pair:
                 features = [encoder_features(model, *one.values()) for one in inputs["passes"]]
             else:

@@ -36,7 +36,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from deliberation.types import InputError
+from deliberation.types import RATING_SCALE, InputError
 
 ALPHAS = {"utilitarian": 0.0, "nash": 1.0, "rawlsian": math.inf}
 """The named isoelastic functions and their inequality aversion."""
@@ -44,6 +44,9 @@ FUNCTIONS = (*ALPHAS, "p10", "trimmed", "worst_cluster")
 """Every welfare function that has a name."""
 TAIL = 0.1
 """Share of the members' weight below ``p10``, and cut off at either end by ``trimmed``."""
+
+LOWEST_UTILITY = float(RATING_SCALE[0])
+"""The lower end of the scale: what an empty statement is worth to every member, and no lower bound falls below it."""
 
 _NEAR_ONE = 1e-6
 """Closer to 1 than this, alpha gets the geometric mean: the power form would divide rounding errors by ~0."""
@@ -120,6 +123,30 @@ def welfare(
             result = _power_mean(columns, w, float(chosen))
     result = np.clip(result, columns.min(axis=0), columns.max(axis=0))  # rounding stays inside
     return result if u.ndim == 2 else float(result[0])
+
+
+def check_uncertainty_penalty(penalty: float) -> float:
+    """Return ``penalty`` if it is a finite number, 0 or more; InputError otherwise."""
+    if not 0 <= penalty < float("inf"):
+        raise InputError("uncertainty_penalty", penalty, "must be a finite number, 0 or more")
+    return penalty
+
+
+def lower_utilities(
+    utilities: NDArray[np.float64], sd: NDArray[np.float64] | None, penalty: float
+) -> tuple[NDArray[np.float64], float]:
+    """Lower confidence bounds mean - penalty * sd, not below the scale's end, and the share that had to be clamped.
+
+    The bound is a member's own, taken before welfare (Coste et al. 2023, arXiv 2310.02743, subtract the variance).
+
+    Raises:
+        InputError: field ``uncertainty_penalty``, if there are no standard deviations.
+    """
+    if sd is None:
+        mend = "needs a preference model with an ensemble; fit one with heads: 4, or set it to 0"
+        raise InputError("uncertainty_penalty", penalty, mend)
+    bounds = utilities - penalty * sd
+    return np.maximum(bounds, LOWEST_UTILITY), float((bounds < LOWEST_UTILITY).mean())
 
 
 def _labels(clusters: Sequence[Hashable] | None, members: int) -> NDArray[np.int64]:

@@ -69,6 +69,10 @@ class PPOScriptConfig(PPOConfig, ModelConfig):
     """How members' utilities become one reward: utilitarian, nash, rawlsian, an inequality aversion >= 0, p10, trimmed
     or worst_cluster (which needs the column clusters)."""
 
+    uncertainty_penalty: float = 0.0
+    """Lambda >= 0: utilities enter welfare as mean - lambda * standard deviation, not below 1. Needs a preference model
+    with an ensemble."""
+
     reward_actors: int = 0
     """Ray actors that host the preference model; 0 keeps it in the training process."""
 
@@ -102,20 +106,14 @@ def hosted_scorer(config: PPOScriptConfig) -> Iterator[Scorer]:
     if config.reward_actors == 0:
         yield LocalScorer(PreferenceModel.load(path, config.device))
         return
-    import ray  # only where actors are asked for: training without Ray needs no Ray
+    from reward.pool import RewardPool  # only where actors are asked for: training without Ray needs no Ray
 
-    from reward.actor import RemoteScorer, start_actor
-
-    actors: list[Any] = []
+    cpus, gpus = config.reward_actor_cpus, config.reward_actor_gpus
     with _cluster():
-        try:
-            cpus, gpus = config.reward_actor_cpus, config.reward_actor_gpus
-            for _ in range(config.reward_actors):
-                actors.append(start_actor(path, num_cpus=cpus, num_gpus=gpus, threads=max(1, int(cpus))))
-            yield RemoteScorer(*actors)
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+        with RewardPool(
+            path, actors=config.reward_actors, num_cpus=cpus, num_gpus=gpus, threads=max(1, int(cpus))
+        ) as pool:
+            yield pool
 
 
 @contextmanager
@@ -208,7 +206,7 @@ def train_ppo(
     with hosted_scorer(config) as scorer:
         trainer = PPOTrainer(
             model=_merged(model, tokenizer, config),
-            reward_funcs=[make_group_reward(scorer, config.welfare), *observers],
+            reward_funcs=[make_group_reward(scorer, config.welfare, config.uncertainty_penalty), *observers],
             args=config,
             train_dataset=train,
             eval_dataset=held_out,

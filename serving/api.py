@@ -91,6 +91,7 @@ def make_app(services: Services, config: ServeConfig | None = None, *, echo_requ
             policy=body.policy,
             n=defaults.num_candidates if body.n is None else body.n,
             welfare=defaults.welfare if body.welfare is None else body.welfare,
+            uncertainty_penalty=defaults.uncertainty_penalty,
             seed=defaults.seed if body.seed is None else body.seed,
         )
         result = await asyncio.wait_for(services.consensus(plan), defaults.request_timeout_s)

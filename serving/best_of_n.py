@@ -15,12 +15,9 @@ from numpy.typing import NDArray
 
 from deliberation.prompts import clean_statement
 from deliberation.types import Deliberation, InputError
-from reward.welfare import ALPHAS, welfare
+from reward.welfare import ALPHAS, LOWEST_UTILITY, check_uncertainty_penalty, lower_utilities, welfare
 from serving.checks import check_count, check_readable, check_seed, welfare_used
 from serving.result import Candidate, Consensus, MemberView, Versions, WelfareUsed, Winner
-
-LOWEST_UTILITY = 1.0
-"""Utility of an empty statement for every member: the bottom of the rating scale, as in training."""
 
 RATINGS = np.arange(1, 8)
 
@@ -67,12 +64,14 @@ class Judgement:
         utilities: expected ratings in [1, 7], same shape.
         probabilities: P(rating = 1..7), [members, statements, 7].
         version: print of the preference model's weights.
+        sd: standard deviations of the utilities, [members, statements]; None without an ensemble.
     """
 
     raw: NDArray
     utilities: NDArray
     probabilities: NDArray
     version: str
+    sd: NDArray | None = None
 
 
 class Sampler(Protocol):
@@ -118,6 +117,7 @@ class Plan:
     used: WelfareUsed
     seed: int
     policy: str
+    uncertainty_penalty: float
     orders: tuple[Order, ...]
     places: tuple[tuple[int, ...], ...]
 
@@ -130,6 +130,7 @@ def make_plan(
     welfare: str | float,
     seed: int,
     policy: str = "default",
+    uncertainty_penalty: float = 0.0,
     reshuffle: bool = False,
 ) -> Plan:
     """Check a request and draw the order(s) in which the policy reads the opinions.
@@ -138,6 +139,7 @@ def make_plan(
         n: candidates, 1 to ``checks.MAX_CANDIDATES``.
         welfare: a name (``worst_cluster`` excepted), or alpha >= 0 (``"inf"`` too).
         seed: 0 to ``checks.MAX_SEED``; decides orders and samples.
+        uncertainty_penalty: lambda >= 0; utilities enter welfare as mean - lambda * sd, not below 1.
         reshuffle: draw an order for each sample instead of one for all. Equal orders still share a prefill.
 
     Raises:
@@ -151,7 +153,8 @@ def make_plan(
     for i, opinion in enumerate(texts):
         check_readable(f"opinions[{i}]", opinion)
     orders, places = draw_orders(len(texts), check_count(n), check_seed(seed), reshuffle)
-    return Plan(question, texts, n, welfare_used(welfare), seed, policy, orders, places)
+    penalty = check_uncertainty_penalty(uncertainty_penalty)
+    return Plan(question, texts, n, welfare_used(welfare), seed, policy, penalty, orders, places)
 
 
 def draw_orders(
@@ -190,6 +193,7 @@ def best_of_n(
     welfare: str | float = "nash",
     seed: int = 0,
     policy: str = "default",
+    uncertainty_penalty: float = 0.0,
     reshuffle: bool = False,
 ) -> Consensus:
     """The statement, of ``n`` sampled ones, with the highest predicted welfare of the group.
@@ -201,7 +205,16 @@ def best_of_n(
     return answer(
         sampler,
         judge,
-        make_plan(question, opinions, n=n, welfare=welfare, seed=seed, policy=policy, reshuffle=reshuffle),
+        make_plan(
+            question,
+            opinions,
+            n=n,
+            welfare=welfare,
+            seed=seed,
+            policy=policy,
+            uncertainty_penalty=uncertainty_penalty,
+            reshuffle=reshuffle,
+        ),
     )
 
 
@@ -248,10 +261,13 @@ def choose(plan: Plan, drafts: Sequence[Draft], judgement: Judgement) -> Consens
     utilities = np.full((len(plan.opinions), plan.n), LOWEST_UTILITY)
     utilities[:, scored] = judgement.utilities
     column = {place: i for i, place in enumerate(scored)}
+    bounds = utilities.copy()
+    if plan.uncertainty_penalty:
+        bounds[:, scored] = lower_utilities(judgement.utilities, judgement.sd, plan.uncertainty_penalty)[0]
     # 2. Welfare and winner under the function asked for, and under the three named ones.
-    values = np.asarray(welfare(utilities, plan.used.function))
+    values = np.asarray(welfare(bounds, plan.used.function))
     best = best_index(values, scored)
-    winners = {name: _winner(texts, utilities, alpha, scored) for name, alpha in ALPHAS.items()}
+    winners = {name: _winner(texts, bounds, alpha, scored) for name, alpha in ALPHAS.items()}
     # 3. The members' view of the winner.
     shown = {member for draft in drafts for member in draft.shown}
     members = tuple(

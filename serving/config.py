@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from deliberation.types import InputError
+from reward.welfare import check_uncertainty_penalty
 from serving.checks import check_count, check_seed, check_welfare
 
 DEFAULT_POLICY = "default"
@@ -42,6 +43,10 @@ class ServeConfig:
     """Welfare function of requests that name none: ``utilitarian``, ``nash``, ``rawlsian``, alpha >= 0, ``p10`` or
     ``trimmed``."""
 
+    uncertainty_penalty: float = 0.0
+    """Lambda >= 0: utilities enter welfare as mean - lambda * standard deviation. Needs a preference model with an
+    ensemble."""
+
     num_candidates: int = 16
     """Candidates of requests that bring no ``n``; 1 to 64."""
 
@@ -71,6 +76,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_welfare(self.welfare)
+        check_uncertainty_penalty(self.uncertainty_penalty)
         check_seed(self.seed)
         try:
             check_count(self.num_candidates)

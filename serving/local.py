@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from deliberation.prompts import preference_prefix, preference_suffix, statement_prompt
+from deliberation.prompts import statement_prompt
 from deliberation.types import InputError
 from embedded import resolve
 from reward.preference import PreferenceModel, fingerprint
+from reward.prefix_cache import PrefixCache
 from reward.scoring import score
 from rl.policy import load_policy, sample
 from serving.best_of_n import Draft, Judgement, Order, Plan, answer
@@ -86,8 +87,8 @@ class LocalJudge:
 
     def __init__(self, preference_model: PreferenceModel):
         self.preference_model = preference_model
-        self.room = int(preference_model.model.config.max_position_embeddings)
         self.version = fingerprint(preference_model.model)
+        self._cache = PrefixCache()
 
     @classmethod
     def load(cls, path: str, device: str = "cpu") -> LocalJudge:
@@ -98,25 +99,12 @@ class LocalJudge:
         """Scores, utilities and rating probabilities of all members and statements.
 
         Raises:
-            InputError: if an opinion with the longest statement exceeds the model's context.
+            InputError: if an opinion with the longest statement, or a statement, exceeds the model's context.
         """
-        self._check_room(question, opinions, statements)
-        scores = score(self.preference_model, question, list(opinions), list(statements))
-        probabilities = np.asarray(self.preference_model.calibration.probabilities(scores.raw))
-        return Judgement(scores.raw, scores.utilities, probabilities, self.version)
-
-    def _check_room(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> None:
-        tokenizer = self.preference_model.tokenizer
-        suffixes = [preference_suffix(statement) for statement in statements]
-        longest = max(len(ids) for ids in tokenizer(suffixes, add_special_tokens=False).input_ids)
-        prefixes = tokenizer([preference_prefix(question, opinion) for opinion in opinions]).input_ids
-        for i, prefix in enumerate(prefixes):
-            if len(prefix) + longest > self.room:
-                mend = (
-                    f"with question and statement takes {len(prefix) + longest} tokens; "
-                    f"this preference model reads {self.room}: shorten either"
-                )
-                raise InputError(f"opinions[{i}]", opinions[i], mend)
+        model = self.preference_model
+        scores = score(model, question, list(opinions), list(statements), cache=self._cache)
+        probabilities = np.asarray(model.calibration.probabilities(scores.raw))
+        return Judgement(scores.raw, scores.utilities, probabilities, self.version, scores.sd)
 
 
 class LocalServices:

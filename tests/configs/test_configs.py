@@ -10,9 +10,12 @@ import pytest
 import yaml
 
 import cli
+from deliberation.datasets import write_jsonl
 from deliberation.types import InputError
+from reward.preference import PreferenceModel
 
 import stage_inputs
+import tiny
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGE_FILES = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if path.stem in cli.STAGES]
@@ -123,6 +126,27 @@ def ppo(home, sft, preference) -> Path:
         "--output_dir", home / "ppo", "--num_prompts", 2, "--num_generations", 2, "--num_mini_batches", 2,
         "--max_completion_length", 8, "--eval_steps", 1, "--save_steps", 1)  # fmt: skip
     return home / "ppo"
+
+
+def test_the_human_benchmarks_stage_runs_with_a_tiny_encoder(tmp_path):
+    tokenizer = tiny.make_encoder_tokenizer()
+    tiny.make_encoder(tokenizer).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    head = {"question": "Q?", "opinion": "Buses.", "topic": "t"}
+    votes = [{**head, "deliberation_id": f"d{d}", "member": m, "statement": s, "vote": v}
+             for d in range(4) for m in (0, 1) for s, v in (("Yes.", 1 - 2 * m), ("No.", 2 * m - 1))]  # fmt: skip
+    choices = [{**head, "deliberation_id": "d0", "member": 0, "chosen": "Yes.", "rejected": "No."}]
+    held_out = [{**row, "deliberation_id": "x"} for row in votes]
+    for name, rows in (("votes", votes), ("choices", choices), ("held_out", held_out)):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    words = [*ON_CPU, "--max_steps", "2", "--model_name_or_path", tmp_path / "encoder",
+             "--output_dir", tmp_path / "out",
+             "--ratings", tmp_path / "votes.jsonl", tmp_path / "choices.jsonl",
+             "--eval_ratings", tmp_path / "held_out.jsonl"]  # fmt: skip
+    config = CONFIGS / "human" / "preference.yaml"
+    assert cli.main(["preference", "--config", str(config), *map(str, words)]) == 0
+    loaded = PreferenceModel.load(tmp_path / "out")
+    assert loaded.attention == "prefix" and loaded.calibration.values == (1, 7)
 
 
 def test_qwen3_sft_writes_an_adapter(sft):

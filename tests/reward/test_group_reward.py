@@ -8,10 +8,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from deliberation.types import InputError
+from reward.calibration import Calibration, Uncertainty
 from reward.group_reward import LocalScorer, make_group_reward
-from reward.preference import Calibration, PreferenceModel
+from reward.preference import PreferenceModel
 from reward.scoring import score, score_one_by_one
 from reward.welfare import welfare
 
@@ -96,6 +98,35 @@ def test_weights_are_per_row():
     np.testing.assert_allclose(rewards, [u.mean(), u[0], (u[1] + 3 * u[2]) / 4], rtol=1e-6)
 
 
+def with_ensemble():
+    model = PreferenceModel(tiny.make_judge(TOKENIZER), TOKENIZER, MODEL.calibration)
+    torch.manual_seed(1)
+    model.ensemble, model.uncertainty = torch.nn.Linear(32, 4, bias=False), Uncertainty(tau=0.3, rho=0.1, kappa=1.0)
+    return model
+
+
+def test_uncertain_utilities_count_for_less():
+    model, logged = with_ensemble(), {}
+    scores = score(model, BUSES, RIDERS, ["Free.", "Not free at all."])
+    assert scores.sd.min() > 0
+    reward = make_group_reward(LocalScorer(model), "utilitarian", uncertainty_penalty=0.5)
+    rewards = run(reward, ["Free.", "Not free at all."], [BUSES] * 2, [RIDERS] * 2, log_metric=logged.__setitem__)
+    np.testing.assert_allclose(rewards, np.maximum(1, scores.utilities - 0.5 * scores.sd).mean(axis=0), atol=1e-5)
+    assert logged["rewards/utility_sd"] == pytest.approx(scores.sd.mean(), rel=1e-5)
+    certain = make_group_reward(LocalScorer(model), "utilitarian", uncertainty_penalty=1e6)
+    assert run(certain, ["Free.", ""], [BUSES] * 2, [RIDERS] * 2, log_metric=logged.__setitem__) == [1.0, 1.0]
+    assert logged["rewards/clamped"] == pytest.approx(0.5)
+
+
+def test_a_penalty_without_an_ensemble_is_refused_and_so_is_a_bad_one():
+    with pytest.raises(InputError, match="ensemble"):
+        run(make_group_reward(LocalScorer(MODEL), "nash", 1.0), ["Free."], [BUSES], [RIDERS])
+    for bad in (-1, math.inf, math.nan):
+        with pytest.raises(InputError) as error:
+            make_group_reward(LocalScorer(MODEL), "nash", bad)
+        assert error.value.field == "uncertainty_penalty"
+
+
 def test_clusters_are_per_row():
     reward = make_group_reward(LocalScorer(MODEL), "worst_cluster")
     u = score(MODEL, BUSES, RIDERS, ["Free."]).utilities[:, 0]
@@ -155,17 +186,18 @@ def test_an_unknown_welfare_is_refused_at_once():
 
 
 @pytest.mark.slow
-def test_trl_grpo_trains_on_it_unchanged(tmp_path):
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_trl_trains_two_steps_on_it_unchanged(tmp_path, name):
+    import trl
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
 
-    data = Dataset.from_list([{"prompt": "Say:", "question": BUSES, "opinions": RIDERS}] * 4)
-    args = GRPOConfig(
+    data = Dataset.from_list([{"prompt": "Say:", "question": BUSES, "opinions": RIDERS}] * 8)
+    args = getattr(trl, f"{name}Config")(
         output_dir=str(tmp_path),
         per_device_train_batch_size=4,
         num_generations=2,
         max_completion_length=6,
-        max_steps=1,
+        max_steps=2,
         logging_steps=1,
         bf16=False,
         report_to="none",
@@ -173,9 +205,15 @@ def test_trl_grpo_trains_on_it_unchanged(tmp_path):
         gradient_checkpointing=False,
         save_strategy="no",
     )
-    reward = make_group_reward(LocalScorer(MODEL), "nash")
-    trainer = GRPOTrainer(tiny.make_policy(TOKENIZER), reward, args, data, processing_class=TOKENIZER)
+    reward = make_group_reward(LocalScorer(with_ensemble()), "nash", uncertainty_penalty=0.5)
+    policy, folder = tiny.make_policy(TOKENIZER), str(tmp_path / "policy")
+    policy.save_pretrained(folder)
+    before = dict(policy.named_parameters())
+    trainer = getattr(trl, f"{name}Trainer")(folder, reward, args, data, processing_class=TOKENIZER)
     trainer.train()
-    logs = trainer.state.log_history[0]
-    assert 1 <= logs["rewards/group_reward/mean"] <= 7
-    assert 1 <= logs["rewards/worst_member/mean"] <= logs["rewards/member_0/mean"] <= 7
+    steps = [log for log in trainer.state.log_history if "rewards/group_reward/mean" in log]
+    assert len(steps) == 2
+    for logs in steps:
+        assert 1 <= logs["rewards/group_reward/mean"] <= 7
+        assert 1 <= logs["rewards/worst_member/mean"] <= logs["rewards/member_0/mean"] <= 7
+    assert any(not torch.equal(p.cpu(), before[name]) for name, p in trainer.model.named_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,30 @@ def test_choice_did_not_matter_when_one_statement_is_best_for_all():
     table = {"Good.": [6, 6, 6], "Bad.": [2, 2, 2]}
     result = best_of_n(ListSampler(["Bad.", "Good."]), TableJudge(table), "Why?", OPINIONS, n=2)
     assert result.statement == "Good." and not result.choice_mattered
+
+
+class UnsureJudge(TableJudge):
+    """As sure of every utility as the table says."""
+
+    def __init__(self, table, sd):
+        super().__init__(table)
+        self.sd = sd
+
+    def judge(self, question, opinions, statements):
+        sure = super().judge(question, opinions, statements)
+        return replace(sure, sd=np.array([self.sd[s] for s in statements], dtype=float).T)
+
+
+def test_an_uncertain_winner_gives_way_where_uncertainty_is_penalised():
+    table, sd = {"Bold.": [6, 6, 6], "Safe.": [5, 5, 5]}, {"Bold.": [2, 2, 2], "Safe.": [0.1, 0.1, 0.1]}
+    for penalty, winner in ((0.0, "Bold."), (0.4, "Bold."), (1.0, "Safe.")):
+        sampler, judge = ListSampler(["Bold.", "", "Safe."]), UnsureJudge(table, sd)
+        result = best_of_n(sampler, judge, "Why?", OPINIONS, n=3, uncertainty_penalty=penalty)
+        assert result.statement == winner and result.winners["nash"].statement == winner
+        assert result.candidates[0].utilities == (6.0, 6.0, 6.0)  # what is predicted stays what is shown
+    assert result.welfare == pytest.approx(4.9)
+    with pytest.raises(InputError, match="ensemble"):
+        best_of_n(ListSampler(["Bold."]), TableJudge(table), "Why?", OPINIONS, n=1, uncertainty_penalty=1.0)
 
 
 def test_ties_go_to_the_earlier_candidate():

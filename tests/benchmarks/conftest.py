@@ -1,0 +1,63 @@
+"""A made-up folder of people, opinions, statements and votes, in the schema the benchmark reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+SPLITS = {"train": 24, "val_participant": 12, "new_conversation": 12}
+STATEMENTS = 8
+TOPICS = "parks buses schools rivers".split()
+
+
+def write_folder(
+    folder: Path, *, sets: tuple[str, ...] = ("polis", "remesh"), splits: dict[str, int] | None = None, seed: int = 0
+) -> Path:
+    """Write a folder; ``splits``: people a split. Half of all people like the topic they are asked about."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sets:
+        _write_set(folder, name, SPLITS if splits is None else splits, np.random.default_rng(seed))
+    return folder
+
+
+@pytest.fixture
+def people():
+    """``write_folder``."""
+    return write_folder
+
+
+def _write_set(folder: Path, name: str, splits: dict[str, int], rng: np.random.Generator) -> None:
+    profiles, targets, choices, statements, conversations = [], [], [], [], []
+    for split, people in splits.items():
+        for half in range(2):
+            topic = TOPICS[(len(conversations)) % len(TOPICS)]
+            place = f"{name}-{split}-{half}"
+            conversations.append({"conversation_id": place, "question_id": place, "question": f"More {topic}?"})
+            for k in range(STATEMENTS):
+                verb = "want more" if k % 2 else "need fewer"
+                text = f"We {verb} {topic}" + " indeed" * k
+                statements.append({"statement_id": f"{place}/s{k}", "conversation_id": place, "text": text})
+            for i in range(people // 2):
+                likes = bool(i % 2)
+                who, profile = f"{place}/p{i}", f"{place}/p{i}#q"
+                opinion = f"I {'want more' if likes else 'need fewer'} {topic}\nnumber {i}"
+                common = {"profile_id": profile, "conversation_id": place, "participant_id": who, "split": split}
+                profiles.append({**common, "opinion_text": opinion})
+                for k in range(STATEMENTS):
+                    label = int((bool(k % 2) == likes) != (rng.random() < 0.2))
+                    row = {"statement_id": f"{place}/s{k}", "label": label, "label_raw": 2 * label - 1}
+                    targets.append({**common, **row})
+                sides = {"statement_a": f"{place}/s0", "statement_b": f"{place}/s1", "question_id": place}
+                choices.append({**common, **sides, "choice": "b" if likes else "a"})
+                choices.append({**common, **sides, "choice": "unsure"})
+    rows = {"profiles": profiles, "targets": targets, "statements": statements}
+    rows |= {"preferences": choices} if name == "remesh" else {}
+    for table, content in rows.items():
+        pq.write_table(pa.Table.from_pylist(content), folder / f"{name}_{table}.parquet")
+    file = "polis_conversations.jsonl" if name == "polis" else "remesh_questions.jsonl"
+    (folder / file).write_text("".join(json.dumps(row) + "\n" for row in conversations))
