@@ -55,7 +55,7 @@ class DemoConfig:
     preference_groups: int = 200
     """Groups whose ratings the preference model is fitted to, half base and half SFT candidates."""
 
-    calibration_groups: int = 60
+    calibration_groups: int = 100
     """Held-out groups (validation topics) whose ratings calibrate the preference model."""
 
     ppo_groups: int = 640

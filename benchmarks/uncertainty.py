@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from deliberation.citizens import Group, draw_group
 from deliberation.questions import load_questions
+from deliberation.types import InputError
 from demo import sample_candidates
 from embedded import resolve
 from evaluation.gold import CitizenGold, held_out_groups, noisy_ratings
@@ -31,13 +32,11 @@ from evaluation.measures import best_of_n_weights, bootstrap_counts, kl_best_of_
 from reward.measures import calibration_error
 from reward.preference import PreferenceModel
 from reward.scoring import Scores, score
+from reward.uncertainty import Uncertainty
 from reward.welfare import lower_utilities, welfare
 
 LAMBDAS = (0.0, 0.5, 1.0, 2.0)
 SIZES = (1, 4, 16, 64)
-Z_90 = 1.644854
-"""Standard deviations to either side of the mean of a 90 % interval."""
-
 Array = NDArray[np.float64]
 
 
@@ -49,12 +48,12 @@ def predicted(model: PreferenceModel, groups: Sequence[Group], texts: Sequence[l
     ]
 
 
-def coverage(scores: Sequence[Scores], gold: Sequence[Array]) -> float:
-    """Share of gold utilities within 1.645 sd of the predicted one, intervals cut to the scale."""
+def coverage(uncertainty: Uncertainty, scores: Sequence[Scores], gold: Sequence[Array]) -> float:
+    """Share of noise-free gold utilities inside the 90 % interval of the predicted one."""
     inside = []
     for one, truth in zip(scores, gold, strict=True):
-        low, high = one.utilities - Z_90 * one.sd, one.utilities + Z_90 * one.sd
-        inside.append(((truth >= np.maximum(low, 1) - 1e-6) & (truth <= np.minimum(high, 7) + 1e-6)).ravel())
+        low, high = uncertainty.interval(one.utilities, one.sd)
+        inside.append(((truth >= low - 1e-6) & (truth <= high + 1e-6)).ravel())
     return float(np.concatenate(inside).mean())
 
 
@@ -121,6 +120,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = PreferenceModel.load(resolve(args.preference_model))
+    if model.uncertainty is None:
+        raise InputError("preference_model", args.preference_model, "has no ensemble; fit one with heads: 4")
     figures: dict[str, Any] = {}
     for words in ("known_words", "held_out_words"):
         groups = held_out_groups(load_questions("test"), args.groups, args.seed)
@@ -132,7 +133,7 @@ def main() -> None:
         scores = predicted(model, groups, texts)
         figures[words] = {
             "calibration_error": round(calibration(model, groups, texts, scores, args.seed), 4),
-            "coverage_90": round(coverage(scores, gold), 4),
+            "coverage_90": round(coverage(model.uncertainty, scores, gold), 4),
             "mean_sd": round(float(np.mean([one.sd.mean() for one in scores])), 4),
             "rerank": rerank(scores, gold, args.welfare, args.seed),
         }

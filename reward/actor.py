@@ -17,6 +17,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, withou
 from deliberation.types import InputError
 from reward.dispatch import Failure, Group
 from reward.preference import PreferenceModel
+from reward.prefix_cache import PrefixCache
 from reward.scoring import Scores, score
 
 OBJECT_STORE_BYTES = 200_000_000
@@ -29,7 +30,7 @@ class RewardActor:
 
     def __init__(self, path: str, threads: int = 1, device: str = "cpu"):
         torch.set_num_threads(threads)  # OpenMP threads that share cores with the trainer's spin and slow both down
-        self._preference_model = PreferenceModel.load(path, device)
+        self._preference_model, self._cache = PreferenceModel.load(path, device), PrefixCache()
 
     def score_batch(self, groups: Sequence[Group]) -> list[Scores | InputError | Failure]:
         """One answer a group, so that one caller's bad input is not another's."""
@@ -41,7 +42,7 @@ class RewardActor:
 
     def _answer(self, group: Group) -> Scores | InputError | Failure:
         try:
-            return score(self._preference_model, *group)
+            return score(self._preference_model, *group, cache=self._cache)
         except InputError as error:
             return error
         except Exception as error:  # as text: not every exception survives pickling

@@ -1,11 +1,10 @@
-"""From a preference model's score to P(rating), utility and the utility's standard deviation (numpy; torch to fit)."""
+"""From a preference model's score to P(rating) and utility (numpy; torch to fit)."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -129,81 +128,6 @@ class Calibration:
         if slope < 2 * _MIN_SLOPE:
             warnings.warn("scores do not rise with ratings; the preference model tells nothing", stacklevel=2)
         return cls(tuple(cuts + slope * mean / spread), slope / spread, values)
-
-
-@dataclass(frozen=True)
-class Uncertainty:
-    """Ensemble's scores -> standard deviation of a utility: sd^2 = tau^2 + (du/ds)^2 (rho^2 + kappa^2 var_k(s_k)).
-
-    One part of the error is the same everywhere (tau), one is an error of the score (rho), and one of the score where
-    the ensemble disagrees (kappa). The slope of the calibration carries the latter two over to the utility (delta
-    method), so they shrink where the scale ends.
-
-    Attributes:
-        tau: >= 0, on the 1 to 7 scale.
-        rho: >= 0, in units of the score.
-        kappa: >= 0, no unit; 1 takes the ensemble's spread as it is.
-
-    Raises:
-        InputError: field ``tau``, ``rho`` or ``kappa``.
-    """
-
-    tau: float = 0.0
-    rho: float = 0.0
-    kappa: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("tau", "rho", "kappa"):
-            if not (np.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(name, getattr(self, name), "must be a finite number, 0 or more")
-
-    def sd(self, calibration: Calibration, scores: ArrayLike, ensemble: ArrayLike) -> NDArray[np.float64]:
-        """Standard deviations on the 1 to 7 scale: scores [...], the heads' scores [..., heads] -> [...]."""
-        parts = np.square([self.tau, self.rho, self.kappa])
-        return np.sqrt(_parts_of_variance(calibration, scores, ensemble) @ parts)
-
-    @classmethod
-    def fit(
-        cls, calibration: Calibration, scores: ArrayLike, ensemble: ArrayLike, first: ArrayLike, second: ArrayLike
-    ) -> Uncertainty:
-        """From two ratings of each row by the same member, which share the member's mind but not the noise of the hand.
-
-        E[(r1 - u)(r2 - u)] is then the squared error of the utility against the noise-free rating. The three parts are
-        fitted to it by least squares, none below 0. Where that finds no error at all, the ensemble's own spread is
-        taken and a warning says so.
-
-        Raises:
-            InputError: field ``second_ratings``, if they do not match.
-        """
-        s, r1, r2 = (np.asarray(x, dtype=np.float64) for x in (scores, first, second))
-        if not s.shape == r1.shape == r2.shape or s.size == 0:
-            raise InputError("second_ratings", r2.shape, f"give one a first rating ({r1.shape[0]})")
-        u = calibration.utilities(s)
-        parts = nonnegative_least_squares(_parts_of_variance(calibration, s, ensemble), (r1 - u) * (r2 - u))
-        if not parts.any():
-            warnings.warn("two ratings of a statement show no error of the utilities; give more of them", stacklevel=2)
-            return cls()
-        return cls(*(float(part) for part in np.sqrt(parts)))
-
-
-def _parts_of_variance(calibration: Calibration, scores: ArrayLike, ensemble: ArrayLike) -> NDArray[np.float64]:
-    """What tau^2, rho^2 and kappa^2 are multiplied with: scores [...] -> [..., 3]."""
-    slope = calibration.utility_slopes(scores) ** 2
-    spread = np.asarray(ensemble, dtype=np.float64).var(axis=-1, ddof=1)
-    return np.stack([np.ones_like(slope), slope, slope * spread], axis=-1)
-
-
-def nonnegative_least_squares(design: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """min |design x - target| over x >= 0, for a design [n, k] with few columns: every set of free ones is tried."""
-    columns = range(design.shape[1])
-    best, error = np.zeros(len(columns)), float(target @ target)
-    for free in (list(c) for size in columns for c in combinations(columns, size + 1)):
-        x = np.zeros(len(columns))
-        x[free] = np.linalg.lstsq(design[:, free], target, rcond=None)[0]
-        residual = float(((design @ x - target) ** 2).sum())
-        if (x >= 0).all() and residual < error:
-            best, error = x, residual
-    return best
 
 
 def _categories(ratings: ArrayLike, values: tuple[int, ...]) -> NDArray[np.int64]:

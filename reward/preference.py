@@ -26,8 +26,9 @@ from transformers import (
 
 from deliberation.prompts import preference_prefix, preference_suffix
 from deliberation.types import InputError
-from reward.calibration import Calibration, Uncertainty
+from reward.calibration import Calibration
 from reward.heads import head_of, is_encoder, read_heads, write_heads
+from reward.uncertainty import Uncertainty
 
 CALIBRATION_FILE = "calibration.json"
 CONFIG_FILE = "config.json"

@@ -32,7 +32,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from deliberation.datasets import read_responses
 from deliberation.types import Choice, InputError, Rating, Response, Vote, is_hub_name
 from embedded import resolve
-from reward.calibration import RATINGS, Calibration, Uncertainty
+from reward.calibration import RATINGS, Calibration
 from reward.examples import Collator, DeliberationSampler, Member, members_of, rows_of_members, scale_of
 from reward.heads import apply_head, encoder_features, head_of, set_head
 from reward.measures import answer_of, measures
@@ -42,6 +42,7 @@ from reward.preference import PAIR, PREFIX, WEIGHTS, PreferenceModel
 from reward.prefixes import prefix_states, suffix_features
 from reward.raters import consistent_raters, showings
 from reward.scoring import Answered, score_ratings, score_responses
+from reward.uncertainty import Uncertainty
 
 _SCALE_MEMBERS = 64
 """Members whose ratings tell, before training, what scale the model's scores are on."""

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from deliberation.types import InputError
-from reward.calibration import Calibration, Uncertainty
+from reward.calibration import Calibration
 from reward.group_reward import LocalScorer, make_group_reward
 from reward.preference import PreferenceModel
 from reward.scoring import score, score_one_by_one
+from reward.uncertainty import Uncertainty
 from reward.welfare import welfare
 
 import tiny

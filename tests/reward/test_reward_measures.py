@@ -5,10 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deliberation.types import InputError, Rating
-from reward.measures import measures, pairwise_accuracy, rows_of_members, word_overlap
+from deliberation.types import InputError, Rating, Vote
+from reward.examples import rows_of_members
+from reward.measures import (
+    answer_of,
+    auc,
+    calibration_error,
+    measures,
+    pairwise_accuracy,
+    partial_correlation,
+    reliability,
+    swapped_accuracy,
+    word_overlap,
+)
 from reward.preference import Calibration, PreferenceModel
-from reward.scoring import score_ratings
+from reward.scoring import score_one_by_one, score_ratings
 
 import tiny
 
@@ -90,3 +101,66 @@ def test_correlation_with_noise_free_utilities():
     with pytest.raises(InputError) as error:
         measures(MODEL, RATINGS, gold=[1.0])
     assert error.value.field == "gold"
+
+
+# --- AUC, calibration, controls
+
+
+def test_auc_is_the_share_of_pairs_ordered_right_and_ties_count_half():
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 5, 60).astype(float), rng.random(60) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[positive] for b in scores[~positive]]
+    assert auc(scores, positive) == pytest.approx(np.mean(pairs))
+    assert auc([1, 2], [True, True]) is None and auc([], []) is None
+
+
+def test_reliability_has_bins_of_equal_mass_in_ascending_order():
+    table = reliability([0.9, 0.1, 0.2, 0.8], [1, 0, 1, 1], bins=2)
+    np.testing.assert_allclose(table, [[0.15, 0.5, 2], [0.85, 1.0, 2]])
+
+
+def test_calibration_error_is_small_where_ratings_are_drawn_from_the_model_and_large_where_not():
+    rng = np.random.default_rng(0)
+    for calibration in (MODEL.calibration, Calibration((0.2,), slope=1.0, values=(1, 7))):
+        scores = rng.normal(size=20_000)
+        chances = calibration.probabilities(scores).cumsum(axis=1)
+        drawn = 1 + (rng.random((20_000, 1)) > chances).sum(axis=1)
+        assert calibration_error(calibration, scores, drawn) < 0.012
+        shifted = Calibration(tuple(c + 1 for c in calibration.cut_points), calibration.slope, calibration.values)
+        assert calibration_error(shifted, scores, drawn) > 0.1
+
+
+def test_calibration_error_by_hand():
+    votes = Calibration((0.0,), values=(1, 7))  # P(agree) = 1/2 at score 0
+    assert calibration_error(votes, [0.0] * 4, [7, 7, 7, 1], bins=1) == pytest.approx(0.25)
+
+
+def test_partial_correlation_takes_out_what_is_given():
+    rng = np.random.default_rng(0)
+    given, noise = rng.normal(size=5000), rng.normal(size=5000)
+    assert partial_correlation(given + noise, given - noise, given) == pytest.approx(-1)
+    assert abs(partial_correlation(given + noise, given + rng.normal(size=5000), given)) < 0.05
+    assert partial_correlation(given, noise, given) is None  # nothing is left
+
+
+def test_swapped_reads_another_members_opinion():
+    ratings = [rate("d", 0, "Yes.", 7, "own"), rate("d", 0, "No.", 1, "own"), rate("d", 1, "No.", 6, "other")]
+    expected = score_one_by_one(MODEL, ratings[0].question, ["other"], ["Yes.", "No."]).raw[0]
+    assert swapped_accuracy(MODEL, ratings) == float(expected[0] > expected[1])
+    assert swapped_accuracy(MODEL, ratings[:2]) is None  # nobody to swap with
+
+
+def test_accuracy_is_told_apart_by_topics_trained_on():
+    ratings = [
+        Rating("a", 0, "Q?", "o", "Yes.", 7, 4, "known"), Rating("a", 0, "Q?", "o", "No.", 1, 4, "known"),
+        Rating("b", 0, "Q?", "o", "Yes.", 1, 4, "new"), Rating("b", 0, "Q?", "o", "No.", 7, 4, "new"),
+    ]  # fmt: skip
+    found = measures(MODEL, ratings, scores=np.array([2, 1, 2, 1], dtype=np.float32), trained_topics={"known"})
+    assert (found["accuracy_in_topic"], found["accuracy_out_of_topic"], found["accuracy"]) == (1.0, 0.0, 0.5)
+    assert measures(MODEL, ratings)["accuracy_in_topic"] is None
+
+
+def test_votes_are_measured_as_ratings_at_the_ends():
+    votes = [Vote("d", 0, "Q?", "o", "Yes.", 1), Vote("d", 0, "Q?", "o", "No.", -1)]
+    assert [answer_of(v) for v in votes] == [7, 1]
+    assert measures(MODEL, votes, scores=np.array([1, 0], dtype=np.float32))["auc"] == 1.0
