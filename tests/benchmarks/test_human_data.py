@@ -1,0 +1,154 @@
+"""Training data of the human benchmark: who is in it, and that no profile holds what its member judges."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks import human_data
+from benchmarks.human_data import Settings, drawn, held_out, prepare
+from benchmarks.human_stance import citizen_rows, stance_rows
+from deliberation.datasets import read_responses
+from deliberation.types import Choice, InputError, Vote
+
+PEOPLE, STATEMENTS = 120, 14
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Made-up people in the benchmark's schema: two conversations, every third person outside ``train``."""
+    rng = random.Random(0)
+
+    def write(name, rows):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+
+    def lines(name, rows):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for name, key in (("polis", "conversation_id"), ("remesh", "question_id")):
+        places = [f"{name}-{k}" for k in range(2)]
+        people = [(f"{place}/p{i}", place, "train" if i % 3 else "val") for place in places for i in range(PEOPLE)]
+        statements = [
+            {
+                "statement_id": f"{place}/s{k}",
+                "text": f"{place} says {k}",
+                "author_id": f"{place}/p{k}",
+                "moderated": 0 if k else -1,
+            }
+            for place in places
+            for k in range(STATEMENTS)
+        ]
+        table = {"polis": "conversations", "remesh": "questions"}[name]
+        lines(f"{name}_{table}", [{key: place, "question": f"{place}?"} for place in places])
+        write(f"{name}_statements", statements)
+        profiles = [
+            {
+                "profile_id": f"{who}#",
+                "conversation_id": place,
+                "participant_id": who,
+                "split": split,
+                "opinion_text": f"{who} thinks",
+            }
+            for who, place, split in people
+        ]
+        votes = [
+            {
+                "participant_id": who,
+                "conversation_id": place,
+                "statement_id": f"{place}/s{k}",
+                "vote": rng.choice((1, 1, -1, 0)),
+                "profile_id": f"{who}#",
+                "label": rng.randint(0, 1),
+                "split": split,
+            }
+            for who, place, split in people
+            for k in range(STATEMENTS)
+        ]
+        write(f"{name}_profiles", profiles)
+        write(f"{name}_targets", votes)
+        write(f"{name}_votes", votes)
+        write(f"{name}_participants", [{"participant_id": who, "split": split} for who, _, split in people])
+        choices = [
+            {
+                "profile_id": f"{who}#",
+                "statement_a": f"{place}/s1",
+                "statement_b": f"{place}/s2",
+                "choice": rng.choice(("a", "b", "unsure")),
+                "split": split,
+            }
+            for who, place, split in people
+        ]
+        write(f"{name}_preferences", choices)
+    sides = [
+        {"affirming_statement": f"yes {k}", "negating_statement": f"no {k}", "topic": 1, "split": "train"}
+        for k in range(8)
+    ]
+    lines("questions", [*sides, {**sides[0], "affirming_statement": "held out", "split": "val_question"}])
+    return tmp_path
+
+
+def test_only_training_people_are_in_it_and_calibration_has_people_of_its_own(folder, tmp_path):
+    counts = prepare(folder, tmp_path / "out", Settings(draws=1, repeats=1))
+    tables = {name: read_responses(tmp_path / "out" / f"{name}.parquet") for name in counts}
+    assert {name: len(rows) for name, rows in tables.items()} == counts
+    assert {type(r) for r in tables["votes"]} == {type(r) for r in tables["calibration"]} == {Vote}
+    assert {type(r) for r in tables["choices"]} == {Choice}
+    # dialogue opinions name their person, who must be in train, and on one side of the calibration split
+    said = {
+        name: {r.opinion.removesuffix(" thinks") for r in rows if "remesh" in r.topic} for name, rows in tables.items()
+    }
+    assert said["votes"] and said["calibration"] and not said["votes"] & said["calibration"]
+    for name in ("votes", "choices", "calibration"):
+        assert all(int(who.rpartition("p")[2]) % 3 for who in said[name])
+        assert all(held_out(who) is (name == "calibration") for who in said[name])
+    assert {r.deliberation_id for r in tables["votes"]}.isdisjoint(r.deliberation_id for r in tables["calibration"])
+    assert not any(
+        "says 0" in r.statement or "says 0" in r.opinion.split("\n") for r in tables["votes"] if "polis" in r.topic
+    )
+
+
+def test_a_member_judges_nothing_of_the_profile_and_groups_judge_the_same(folder):
+    rows = human_data.polis_votes(folder, Settings(draws=2))
+    judged = {}
+    for r in rows:
+        assert r["statement"] not in r["opinion"].split("\n")
+        judged.setdefault(r["deliberation_id"], {}).setdefault(r["statement"], set()).add(r["member"])
+    shared = [len(members) for statements in judged.values() for members in statements.values()]
+    assert sum(shared) / len(shared) > 2
+    assert rows == human_data.polis_votes(folder, Settings(draws=2))
+    assert rows != human_data.polis_votes(folder, Settings(draws=2, seed=1))
+
+
+def test_a_profile_leaves_half_of_what_was_agreed_with():
+    votes = {f"s{k}": 1 if k < 6 else -1 for k in range(12)}
+    for seed in range(30):
+        profile, targets = drawn(votes, ["own"], {f"s{k}": k for k in range(12)}, 16, random.Random(seed))
+        assert profile[0] == "own" and 1 <= len(profile) - 1 <= 3
+        assert set(profile[1:]) | set(targets) == set(votes) and not set(profile) & set(targets)
+
+
+def test_in_the_warm_up_no_statement_is_popular(folder):
+    rows = stance_rows(folder, random.Random(0))
+    assert not any("held out" in r["statement"] for r in rows)
+    for statement in {r["statement"] for r in rows}:
+        votes = [r["vote"] for r in rows if r["statement"] == statement]
+        assert 0.35 < sum(v > 0 for v in votes) / len(votes) < 0.65
+        assert all(
+            (r["vote"] > 0) == (statement in r["opinion"].split("\n")) for r in rows if r["statement"] == statement
+        )
+
+
+def test_citizens_vote_on_what_is_not_their_own():
+    rows = citizen_rows(random.Random(0))
+    assert len(rows) > 1000 and {r["vote"] for r in rows} == {1, -1}
+    assert all(r["statement"] != r["opinion"] for r in rows)
+
+
+def test_a_folder_of_another_schema_is_refused(tmp_path):
+    with pytest.raises(InputError, match="has no remesh_questions.jsonl"):
+        prepare(tmp_path, tmp_path / "out", Settings())
+    assert not (tmp_path / "out").exists()
