@@ -32,7 +32,7 @@ _MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class AnchorSettings:
-    """Of seven tried on the public folder the strongest on new conversations; on new people all were near."""
+    """Chosen among eight settings by both kinds of validation split of the public folder, which favours the anchor."""
 
     hidden: int = 64
     dropout: float = 0.3

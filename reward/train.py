@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -35,7 +36,7 @@ from embedded import resolve
 from reward.calibration import RATINGS, Calibration
 from reward.examples import Collator, DeliberationSampler, Member, members_of, rows_of_members, scale_of
 from reward.heads import apply_head, encoder_features, head_of, set_head
-from reward.measures import answer_of, measures
+from reward.measures import accuracies, answer_of, measures
 from reward.objective import preference_loss
 from reward.plots import save_reliability
 from reward.preference import PAIR, PREFIX, WEIGHTS, PreferenceModel
@@ -182,7 +183,8 @@ def fit(
     facts = {"base": config.model_name_or_path, "seed": config.seed, "margin": config.margin, "ratings": len(first)}
     result = PreferenceModel(fitted.eval(), tokenizer, unfitted.calibration, {**facts, **raters})
     result.ensemble, result.attention = _gather_heads(fitted), config.attention
-    return _calibrated(result, held_out, second, values, {r.topic for r in first if r.topic})
+    topics = {r.topic for r in first if r.topic}
+    return _calibrated(result, held_out, second, values, topics, config.min_kappa)
 
 
 def _calibrated(
@@ -191,6 +193,7 @@ def _calibrated(
     second: Sequence[Rating],
     values: tuple[int, ...],
     trained_topics: set[str],
+    min_kappa: float,
 ) -> PreferenceModel:
     """The model with its calibration fitted to responses it has not seen, and with its measures on them."""
     rated = [r for r in held_out if isinstance(r, Rating) or (isinstance(r, Vote) and r.vote)]
@@ -213,8 +216,20 @@ def _calibrated(
             model.uncertainty = Uncertainty.fit(model.calibration, found.raw[at], found.ensemble[at], *twice)
     again = [second[k] for k in np.argsort(at)] if len(at) == len(rated) else None  # a ceiling needs all rated twice
     measured = measures(model, rated, again, scores=found.raw, trained_topics=trained_topics)
+    measured["accuracy_consistent_raters"] = _accuracy_of_consistent(found.raw, rated, second, min_kappa)
     model.metadata = {**model.metadata, "eval_ratings": len(rated), "measures": measured}
     return model
+
+
+def _accuracy_of_consistent(
+    scores: NDArray[np.float32], rated: Sequence[Rating | Vote], second: Sequence[Rating], min_kappa: float
+) -> float | None:
+    """Pairwise accuracy on the held-out members who agree with themselves; None where nobody rated twice."""
+    if not second:
+        return None
+    kept = {id(r) for r in consistent_raters(rated, second, min_kappa)[0]}
+    rows = [k for k, r in enumerate(rated) if id(r) in kept]
+    return accuracies(scores[rows], [rated[k] for k in rows])["accuracy"] if rows else None
 
 
 def main(config: PreferenceConfig) -> PreferenceModel:

@@ -356,8 +356,14 @@ def test_the_saved_head_is_the_mean_of_the_ensemble_and_members_lie_beside_it(fi
     rows = score_responses(loaded, world(2, first=90))
     np.testing.assert_allclose(rows.ensemble.mean(axis=1), rows.raw, atol=1e-5)
     assert rows.ensemble.std(axis=1).min() > 0
-    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
-    assert plain.config.num_labels == 1
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    ids = loaded.prefix_ids("Q?", "strict") + loaded.suffix_ids("blue hat")
+    with torch.no_grad():
+        logits = plain(torch.tensor([ids])).logits
+    assert logits.shape == (1, 1)
+    assert logits[0, 0].item() == pytest.approx(
+        float(score(loaded, "Q?", ["strict"], ["blue hat"]).raw[0, 0]), abs=1e-5
+    )
     scores = score(loaded, "Q?", ["strict", "generous"], ["blue hat"])
     assert scores.sd.shape == (2, 1) and (scores.sd > 0).all()
     np.testing.assert_allclose(scores.sd, score(fitted, "Q?", ["strict", "generous"], ["blue hat"]).sd, atol=1e-6)
