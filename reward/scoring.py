@@ -106,8 +106,8 @@ def score(
     rows = score_rows(
         preference_model, prefixes, suffixes * len(prefixes), owners, batch_tokens=batch_tokens, cache=cache
     )
-    return _scores(preference_model, rows, np.arange(len(owners)).reshape(-1, len(suffixes))[np.ix_(member, statement)],
-                   warnings)  # fmt: skip
+    place = np.arange(len(owners)).reshape(-1, len(suffixes))[np.ix_(member, statement)]
+    return _scores(preference_model, rows, place, warnings)
 
 
 @torch.inference_mode()

@@ -9,13 +9,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -25,111 +23,34 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from deliberation.datasets import read_responses
-from deliberation.types import Choice, InputError, Rating, Response, Vote, is_hub_name
+from deliberation.types import InputError, Rating, Response, Vote, is_hub_name
 from embedded import resolve
 from reward.calibration import RATINGS, Calibration
 from reward.examples import Collator, DeliberationSampler, Member, members_of, rows_of_members, scale_of
 from reward.heads import apply_head, encoder_features, head_of, set_head
-from reward.measures import accuracies, answer_of, measures
+from reward.held_out import calibrated, hold_out, texts_of
+from reward.measures import answer_of
 from reward.objective import preference_loss
 from reward.plots import save_reliability
-from reward.preference import PAIR, PREFIX, WEIGHTS, PreferenceModel
+from reward.preference import WEIGHTS, PreferenceModel
+from reward.preference_config import PreferenceConfig
 from reward.prefixes import prefix_states, suffix_features
 from reward.raters import consistent_raters, showings
-from reward.scoring import Answered, score_ratings, score_responses
-from reward.uncertainty import Uncertainty
+from reward.scoring import score_ratings
 
 _SCALE_MEMBERS = 64
 """Members whose ratings tell, before training, what scale the model's scores are on."""
-
-_MIN_DOUBLED = 100
-"""Statements rated twice from which the size of a utility's error can be told; below, the ensemble's spread is it."""
 
 _HEAD_NOISE = 0.3
 """How far an ensemble's heads start apart, as a share of the size of the head they start from."""
 
 _ROWS_A_PASS = {"cpu": 16, "cuda": 256}
 """Suffixes in one forward pass of training: what was fastest. Changes nothing but speed."""
-
-
-@dataclass
-class PreferenceConfig(TrainingArguments):
-    """Arguments of ``consensus preference``: transformers' ``TrainingArguments`` and the keys below.
-
-    A batch counts members (all that a member said in one deliberation stays together), not ratings.
-    """
-
-    model_name_or_path: str = field(
-        default="embedded/judge", metadata={"help": "Sequence classifier or language model to start from."}
-    )
-    ratings: list[str] | None = field(
-        default=None, metadata={"help": "Ratings, votes, ranks or choices to fit: JSONL or Parquet files."}
-    )
-    eval_ratings: list[str] | None = field(
-        default=None, metadata={"help": "Held-out ones for calibration and measures. Default: a part of `ratings`."}
-    )
-    eval_share: float = field(
-        default=0.15, metadata={"help": "Share of topics held out of `ratings` where `eval_ratings` is not given."}
-    )
-    margin: int = field(default=2, metadata={"help": "Smallest difference of a pair that is trained on, 1 to 6."})
-    ordinal_weight: float = field(
-        default=0.5, metadata={"help": "Weight of the ordinal term beside the pairwise term. 0: pairs alone."}
-    )
-    between_weight: float = field(
-        default=0.0, metadata={"help": "Weight of pairs of members told apart by one statement. 0: none."}
-    )
-    heads: int = field(default=4, metadata={"help": "Heads of the ensemble on the shared backbone. 1: no ensemble."})
-    min_kappa: float = field(
-        default=0.6,
-        metadata={"help": "Members who rated twice are kept from this weighted kappa on; -1 keeps everybody."},
-    )
-    freeze_embeddings: bool = field(default=False, metadata={"help": "Keep the input embeddings as they are."})
-    attention: str = field(
-        default=PAIR, metadata={"help": "Of an encoder: 'pair', or 'prefix', where a member's prefix is shared."}
-    )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter (merged when saved)."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapter."})
-    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Default: peft's choice."})
-
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Epochs; reward models overfit after one."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Members in a batch."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or share of all steps if below 1."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
-    save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints: 'no', 'epoch', 'steps'."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("ratings", "eval_ratings"):
-            if isinstance(getattr(self, name), str | Path):
-                setattr(self, name, [getattr(self, name)])
-        self.remove_unused_columns = False  # the collator reads our own fields, not the model's arguments
-        if not 1 <= self.margin <= 6:
-            raise InputError("margin", self.margin, "must be from 1 to 6")
-        for name in ("ordinal_weight", "between_weight"):
-            if not getattr(self, name) >= 0:
-                raise InputError(name, getattr(self, name), "must be 0 or more")
-        if self.attention not in (PAIR, PREFIX):
-            raise InputError("attention", self.attention, f"must be {PAIR} or {PREFIX}")
-        if self.heads < 1:
-            raise InputError("heads", self.heads, "must be 1 or more")
-        if not -1 <= self.min_kappa <= 1:
-            raise InputError("min_kappa", self.min_kappa, "must be from -1 (keep everybody) to 1")
-        if not 0 < self.eval_share < 1:
-            raise InputError("eval_share", self.eval_share, "must be between 0 and 1")
-        checkpoint = self.resume_from_checkpoint
-        if checkpoint is not None and not Path(checkpoint).is_dir():
-            mend = "no such folder; give one like runs/NAME/checkpoint-100"
-            raise InputError("resume_from_checkpoint", checkpoint, mend)
-        if self.activation_checkpointing:  # it drops the key-value cache, and the prefix with it
-            raise InputError("activation_checkpointing", True, "must be off: the shared prefix lives in the cache")
 
 
 def fit(
@@ -184,52 +105,7 @@ def fit(
     result = PreferenceModel(fitted.eval(), tokenizer, unfitted.calibration, {**facts, **raters})
     result.ensemble, result.attention = _gather_heads(fitted), config.attention
     topics = {r.topic for r in first if r.topic}
-    return _calibrated(result, held_out, second, values, topics, config.min_kappa)
-
-
-def _calibrated(
-    model: PreferenceModel,
-    held_out: Sequence[Response],
-    second: Sequence[Rating],
-    values: tuple[int, ...],
-    trained_topics: set[str],
-    min_kappa: float,
-) -> PreferenceModel:
-    """The model with its calibration fitted to responses it has not seen, and with its measures on them."""
-    rated = [r for r in held_out if isinstance(r, Rating) or (isinstance(r, Vote) and r.vote)]
-    if not rated:  # ranks and choices say nothing of the level: a statement of mean score is a toss-up
-        scores = score_ratings(model, _texts(held_out)).astype(np.float64)
-        model.calibration = Calibration(
-            (float(model.calibration.slope * scores.mean()),), model.calibration.slope, values
-        )
-        model.metadata["eval_ratings"] = len(held_out)
-        return model
-    found = score_responses(model, rated)
-    answers = np.array([answer_of(r) for r in rated])
-    model.calibration = Calibration.fit(found.raw, answers, values)
-    place = {(r.deliberation_id, r.member, r.statement): k for k, r in enumerate(rated)}
-    at = [place[r.deliberation_id, r.member, r.statement] for r in second]
-    if found.ensemble is not None:
-        model.uncertainty = Uncertainty()
-        if len(second) >= _MIN_DOUBLED:
-            twice = answers[at], np.array([r.agreement for r in second])
-            model.uncertainty = Uncertainty.fit(model.calibration, found.raw[at], found.ensemble[at], *twice)
-    again = [second[k] for k in np.argsort(at)] if len(at) == len(rated) else None  # a ceiling needs all rated twice
-    measured = measures(model, rated, again, scores=found.raw, trained_topics=trained_topics)
-    measured["accuracy_consistent_raters"] = _accuracy_of_consistent(found.raw, rated, second, min_kappa)
-    model.metadata = {**model.metadata, "eval_ratings": len(rated), "measures": measured}
-    return model
-
-
-def _accuracy_of_consistent(
-    scores: NDArray[np.float32], rated: Sequence[Rating | Vote], second: Sequence[Rating], min_kappa: float
-) -> float | None:
-    """Pairwise accuracy on the held-out members who agree with themselves; None where nobody rated twice."""
-    if not second:
-        return None
-    kept = {id(r) for r in consistent_raters(rated, second, min_kappa)[0]}
-    rows = [k for k, r in enumerate(rated) if id(r) in kept]
-    return accuracies(scores[rows], [rated[k] for k in rows])["accuracy"] if rows else None
+    return calibrated(result, held_out, second, values, topics, config.min_kappa)
 
 
 def main(config: PreferenceConfig) -> PreferenceModel:
@@ -250,23 +126,6 @@ def main(config: PreferenceConfig) -> PreferenceModel:
     return result
 
 
-def hold_out(ratings: Sequence[Response], share: float, seed: int) -> tuple[list[Response], list[Response]]:
-    """Split whole topics (deliberations, where there is only one topic) into (kept, about ``share`` held out).
-
-    Raises:
-        InputError: field ``ratings``, if there are fewer than two deliberations.
-    """
-    by_topic = len({r.topic for r in ratings}) > 1
-    units = [r.topic if by_topic else r.deliberation_id for r in ratings]
-    names = sorted(set(units))
-    if len(names) < 2:
-        raise InputError("ratings", f"{len(names)} deliberations", "give at least two, so that one can be held out")
-    count = min(max(1, round(share * len(names))), len(names) - 1)
-    chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
-    kept = [r for r, unit in zip(ratings, units, strict=True) if unit not in chosen]
-    return kept, [r for r, unit in zip(ratings, units, strict=True) if unit in chosen]
-
-
 def _check(config: PreferenceConfig, ratings: Sequence[Response], eval_ratings: Sequence[Response]) -> None:
     if config.world_size > 1:  # gradients flow past the model's forward, so DDP would not synchronise them
         raise InputError("world_size", config.world_size, "fit the preference model in one process")
@@ -276,15 +135,6 @@ def _check(config: PreferenceConfig, ratings: Sequence[Response], eval_ratings: 
     both = {r.deliberation_id for r in ratings} & {r.deliberation_id for r in eval_ratings}
     if both:
         raise InputError("eval_ratings", min(both), "this deliberation is trained on too; hold out whole deliberations")
-
-
-def _texts(responses: Sequence[Response]) -> list[Answered]:
-    """Every (member, statement) that a response speaks of."""
-    return [
-        Answered(r.question, r.opinion, text)
-        for r in responses
-        for text in ((r.chosen, r.rejected) if isinstance(r, Choice) else (r.statement,))
-    ]
 
 
 def _sample(ratings: Sequence[Response], seed: int) -> list[Response]:
@@ -366,7 +216,7 @@ def _starting_scale(model: PreferenceModel, responses: Sequence[Response], value
     A model whose scores already tell ratings apart keeps its scale. Any other gets one where the standard deviation
     of its scores is worth one logit, so that the loss does not depend on how a new head was initialised.
     """
-    scores = score_ratings(model, _texts(responses)).astype(np.float64)
+    scores = score_ratings(model, texts_of(responses)).astype(np.float64)
     spread = max(float(scores.std()), 1e-6)
     seen = [answer_of(r) for r in responses if isinstance(r, Rating) or (isinstance(r, Vote) and r.vote)]
     if len(seen) == len(scores):

@@ -253,7 +253,12 @@ def test_starting_scale_keeps_what_scores_tell_and_else_makes_one_deviation_a_lo
 def test_bfloat16_reaches_the_backbone(tmp_path, precision, dtype):
     """The loss does not run through the model's forward, around which the library puts its autocast."""
     model, seen = tiny.make_judge(TOKENIZER), set()
-    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda m, a, out: m.training and seen.add(out.dtype))
+
+    def watch(module, inputs, output):
+        if module.training:
+            seen.add(output.dtype)
+
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(watch)
     fit(config(tmp_path, max_steps=1, **precision), world(4), world(2, first=50), model, TOKENIZER, progress=False)
     assert seen == {dtype}
 
