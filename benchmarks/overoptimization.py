@@ -68,9 +68,9 @@ def run(args: argparse.Namespace, penalty: float, seed: int, folder: Path) -> li
 
 
 def at_equal_kl(curve: Sequence[dict[str, float]], grid: Sequence[float]) -> NDArray[np.float64]:
-    """Gold welfare at each KL of the grid by linear interpolation in sqrt(KL); NaN beyond the curve."""
-    distance = np.sqrt(np.maximum.accumulate([max(point["kl"], 0.0) for point in curve]))
-    gold = np.array([point["gold"] for point in curve])
+    """Gold welfare at each KL of the grid by linear interpolation in sqrt(KL); NaN beyond the run's largest KL."""
+    points = sorted((max(point["kl"], 0.0), point["gold"]) for point in curve)  # a run may also come back
+    distance, gold = np.sqrt([kl for kl, _ in points]), [value for _, value in points]
     return np.interp(np.sqrt(grid), distance, gold, right=np.nan)
 
 
