@@ -60,8 +60,8 @@ def fitting_opinions(model: PreferenceModel, data: VoteSet, pairs: IntArray) -> 
 
 
 def agreement(calibration: Calibration, scores: Array) -> Array:
-    """P(agree) in 0..1 of a model fitted on votes: raw scores [n] -> [n]."""
-    return (calibration.utilities(scores) - 1) / 6
+    """P(agree) in 0..1, of a vote or of a rating above 4: raw scores [n] -> [n]."""
+    return calibration.probabilities(scores)[:, 4:].sum(axis=1)
 
 
 def score_table(

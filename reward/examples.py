@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from deliberation.types import Choice, InputError, Rank, Rating, Response, Vote
 from reward.calibration import RATINGS, VOTES
@@ -84,6 +85,9 @@ def members_of(
 def _member(
     model: PreferenceModel, responses: Sequence[Response], margin: int, deliberation: int, weights: list[float]
 ) -> Member:
+    if len({(r.question, r.opinion) for r in responses}) > 1:
+        where = f"deliberation {responses[0].deliberation_id!r}, member {responses[0].member}"
+        raise InputError("opinion", where, "has two opinions (or questions); give each a number of its own")
     # 1. Each statement once
     texts = [text for r in responses for text in ((r.chosen, r.rejected) if isinstance(r, Choice) else (r.statement,))]
     place = {text: k for k, text in enumerate(dict.fromkeys(texts))}
@@ -104,7 +108,8 @@ def _member(
     # 3. What was told apart
     for kind, least in ((Rating, margin), (Vote, 1), (Rank, 1)):
         rows = worth[kind]
-        pairs += [(rows[i][0], rows[j][0]) for i, j in pairs_of([value for _, value in rows], least)]
+        told = [(rows[i][0], rows[j][0]) for i, j in pairs_of([value for _, value in rows], least)]
+        pairs += [(i, j) for i, j in told if i != j]  # a text that was met twice
     prefix = model.prefix_ids(responses[0].question, responses[0].opinion)
     return Member(deliberation, prefix, [model.suffix_ids(text) for text in place], labels, pairs, weights)
 
@@ -157,7 +162,7 @@ class Collator:
     def _one_pass(self, members: Sequence[Member], part: list[tuple[int, int]]) -> dict[str, Any]:
         if not self.model.shares_prefixes:
             pairs = [(members[i].prefix, members[i].suffixes[j]) for i, j in part]
-            return dict(zip(("ids", "attention_mask", "types"), encoder_inputs(self.model, pairs), strict=True))
+            return dict(zip(("ids", "attention_mask", "types"), encoder_inputs(self.model, pairs, "cpu"), strict=True))
         ids, lengths = pad([members[i].suffixes[j] for i, j in part])
         return {"ids": ids, "lengths": lengths, "owners": torch.tensor([i for i, _ in part])}
 
@@ -192,14 +197,35 @@ def _chunks(rows: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, 
         yield rows[first : first + size]
 
 
+class LengthSampler(LengthGroupedSampler):
+    """transformers' sampler of batches of similar length, in an order of each epoch's own."""
+
+    def __init__(self, members: Sequence[Member], batch_size: int, seed: int):
+        tokens = [len(m.prefix) + len(m.suffixes) * max(map(len, m.suffixes)) for m in members]
+        super().__init__(batch_size, lengths=tokens, generator=torch.Generator().manual_seed(seed))
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer, so that a resumed run meets the order it would have met."""
+        self.generator.manual_seed(_seed_of_epoch(self.seed, epoch))
+
+
+def _seed_of_epoch(seed: int, epoch: int) -> int:
+    return seed + 1_000_003 * epoch
+
+
 class DeliberationSampler(Sampler[int]):
-    """Members of a deliberation one after the other, deliberations and their members in shuffled order."""
+    """Members of a deliberation one after the other, deliberations and members in an order of each epoch's own."""
 
     def __init__(self, members: Sequence[Member], seed: int):
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         self._groups: dict[int, list[int]] = {}
         for i, member in enumerate(members):
             self._groups.setdefault(member.deliberation, []).append(i)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer, so that a resumed run meets the order it would have met."""
+        self.generator.manual_seed(_seed_of_epoch(self.seed, epoch))
 
     def __len__(self) -> int:
         return sum(map(len, self._groups.values()))

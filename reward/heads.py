@@ -57,8 +57,8 @@ def encoder_features(model: nn.Module, ids: Tensor, attention_mask: Tensor, type
 
 
 def apply_head(head: nn.Linear, features: Tensor) -> Tensor:
-    """Scores float32 [rows, outputs]."""
-    return F.linear(features.to(head.weight.dtype), head.weight, head.bias).float()
+    """Scores [rows, outputs], in float32 whatever the head's type: bfloat16 would tie candidates."""
+    return F.linear(features.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
 
 def write_heads(path: Path, heads: nn.Linear) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from deliberation.types import Choice, InputError, Rating, Response, Vote
+from deliberation.types import Choice, InputError, Rank, Rating, Response, Vote
 from reward.calibration import Calibration
-from reward.measures import accuracies, answer_of, measures
+from reward.examples import rows_of_members
+from reward.measures import Measures, accuracies, answer_of, measures, word_overlap
 from reward.preference import PreferenceModel
 from reward.raters import consistent_raters
 from reward.scoring import Answered, score_ratings, score_responses
@@ -41,6 +42,7 @@ def calibrated(
     held_out: Sequence[Response],
     second: Sequence[Rating],
     values: tuple[int, ...],
+    leveled: bool,
     trained_topics: set[str],
     min_kappa: float,
 ) -> PreferenceModel:
@@ -51,31 +53,85 @@ def calibrated(
         held_out: one showing of every statement; ratings and votes tell the level, ranks and choices do not.
         second: second ratings of some of them.
         values: the scale of the responses, see ``Calibration``.
+        leveled: whether the fit had ratings or votes, so that its own scale tells a level.
         trained_topics, min_kappa: for the measures.
     """
     rated = [r for r in held_out if isinstance(r, Rating) or (isinstance(r, Vote) and r.vote)]
-    if not rated:  # ranks and choices say nothing of the level: a statement of mean score is a toss-up
-        scores = score_ratings(model, texts_of(held_out)).astype(np.float64)
-        model.calibration = Calibration(
-            (float(model.calibration.slope * scores.mean()),), model.calibration.slope, values
-        )
-        model.metadata["eval_ratings"] = len(held_out)
+    compared = [r for r in held_out if isinstance(r, Choice | Rank)]
+    on_pairs = compared_accuracies(model, compared)
+    model.uncertainty = None if model.ensemble is None else Uncertainty()
+    if not rated:
+        if not leveled:  # ranks and choices say nothing of the level: a statement of mean score is a toss-up
+            mean, slope = (
+                float(score_ratings(model, texts_of(held_out)).mean(dtype=np.float64)),
+                model.calibration.slope,
+            )
+            model.calibration = Calibration((slope * mean,), slope, values)
+        model.metadata = {**model.metadata, "eval_ratings": len(held_out), "measures": on_pairs}
         return model
     found = score_responses(model, rated)
     answers = np.array([answer_of(r) for r in rated])
     model.calibration = Calibration.fit(found.raw, answers, values)
     place = {(r.deliberation_id, r.member, r.statement): k for k, r in enumerate(rated)}
     at = [place[r.deliberation_id, r.member, r.statement] for r in second]
-    if found.ensemble is not None:
-        model.uncertainty = Uncertainty()
-        if len(second) >= _MIN_DOUBLED:
-            twice = answers[at], np.array([r.agreement for r in second])
-            model.uncertainty = Uncertainty.fit(model.calibration, found.raw[at], found.ensemble[at], *twice)
+    if found.ensemble is not None and len(second) >= _MIN_DOUBLED:
+        twice = answers[at], np.array([r.agreement for r in second])
+        model.uncertainty = Uncertainty.fit(model.calibration, found.raw[at], found.ensemble[at], *twice)
     again = [second[k] for k in np.argsort(at)] if len(at) == len(rated) else None  # a ceiling needs all rated twice
     measured = measures(model, rated, again, scores=found.raw, trained_topics=trained_topics)
     measured["accuracy_consistent_raters"] = _accuracy_of_consistent(found.raw, rated, second, min_kappa)
+    measured |= {f"compared_{name}": value for name, value in on_pairs.items()} if compared else {}
     model.metadata = {**model.metadata, "eval_ratings": len(rated), "measures": measured}
     return model
+
+
+def compared_accuracies(model: PreferenceModel, responses: Sequence[Choice | Rank]) -> Measures:
+    """Pairwise accuracy and its controls (see ``measures``) on choices and rankings, each member of equal weight.
+
+    ``swapped`` reads the opinion of another member of the deliberation, where there is one with another opinion.
+    """
+    opinions: dict[str, list[str]] = {}
+    for r in responses:
+        opinions.setdefault(r.deliberation_id, []).append(r.opinion)
+    pairs = [  # (member, preferred, other)
+        (responses[rows[0]], better, worse)
+        for rows in rows_of_members(responses).values()
+        for better, worse in _told_apart([responses[row] for row in rows])
+    ]
+    found: Measures = {"pairs": len(pairs)}
+    others = [next((o for o in opinions[r.deliberation_id] if o != r.opinion), None) for r, _, _ in pairs]
+    for name in ("accuracy", "swapped", "longest", "overlap"):
+        asked = [
+            (k, Answered(r.question, other if name == "swapped" and other else r.opinion, text))
+            for k, ((r, *texts), other) in enumerate(zip(pairs, others, strict=True))
+            if name != "swapped" or other
+            for text in texts
+        ]
+        if not asked:
+            found[name] = None
+            continue
+        values = _values_of(name, model, [answered for _, answered in asked])
+        right = (np.sign(values[::2] - values[1::2]) + 1) / 2
+        by_member: dict[tuple[str, int], list[float]] = {}
+        for (k, _), share in zip(asked[::2], right, strict=True):
+            by_member.setdefault((pairs[k][0].deliberation_id, pairs[k][0].member), []).append(float(share))
+        found[name] = float(np.mean([np.mean(shares) for shares in by_member.values()]))
+    return found
+
+
+def _values_of(name: str, model: PreferenceModel, rows: Sequence[Answered]) -> NDArray[np.float64]:
+    if name == "longest":
+        return np.array([len(row.statement) for row in rows], dtype=np.float64)
+    if name == "overlap":
+        return np.array([word_overlap(row.opinion, row.statement) for row in rows])
+    return score_ratings(model, rows).astype(np.float64)
+
+
+def _told_apart(responses: Sequence[Choice | Rank]) -> list[tuple[str, str]]:
+    """(Preferred, other) texts of one member's choices and ranks."""
+    ranks = [r for r in responses if isinstance(r, Rank)]
+    chosen = [(r.chosen, r.rejected) for r in responses if isinstance(r, Choice)]
+    return chosen + [(a.statement, b.statement) for a in ranks for b in ranks if a.rank < b.rank]
 
 
 def _accuracy_of_consistent(

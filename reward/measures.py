@@ -91,7 +91,8 @@ def _by_topic(scores: ArrayLike, ratings: Sequence[Rating | Vote], trained: Coll
     answers, found = [answer_of(r) for r in ratings], {}  # type: list[int], Measures
     groups = list(rows_of_members(ratings).values())
     for name, known in (("accuracy_in_topic", True), ("accuracy_out_of_topic", False)):
-        chosen = [rows for rows in groups if (ratings[rows[0]].topic in trained) is known]
+        told = [rows for rows in groups if ratings[rows[0]].topic]
+        chosen = [rows for rows in told if (ratings[rows[0]].topic in trained) is known]
         found[name] = pairwise_accuracy(scores, answers, chosen)[0]
     return found
 

@@ -114,7 +114,7 @@ class RewardPool:
         num_cpus, num_gpus: what Ray reserves for each, fractions included; with a GPU the model is put on it.
         threads: torch threads of each actor.
         name: what the actors' names begin with; the rest differs from pool to pool.
-        max_batch: calls handed to an actor at once, >= 1.
+        max_batch: calls handed to an actor in one message, >= 1; it computes them one after the other.
         max_outstanding: calls admitted at once, >= 1; further callers wait.
         timeout: seconds a call may take from its admission, restarts of actors included.
         load_timeout: seconds to wait for a place in the cluster and for the model.

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from transformers import (
 from deliberation.prompts import preference_prefix, preference_suffix
 from deliberation.types import InputError
 from reward.calibration import Calibration
-from reward.heads import head_of, is_encoder, read_heads, write_heads
+from reward.heads import head_of, inner_model, is_encoder, read_heads, write_heads
 from reward.uncertainty import Uncertainty
 
 CALIBRATION_FILE = "calibration.json"
@@ -61,6 +62,8 @@ class PreferenceModel:
     ensemble: nn.Linear | None = None
     uncertainty: Uncertainty | None = None
     attention: str = PAIR
+    lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+    """Held while rows are scored: neither an encoder's hook nor a prefix cache is made for two threads."""
 
     @property
     def shares_prefixes(self) -> bool:
@@ -70,8 +73,13 @@ class PreferenceModel:
     @property
     def room(self) -> int:
         """Tokens the model reads at most, prefix and suffix together."""
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        return min(int(positions or self.tokenizer.model_max_length), self.tokenizer.model_max_length)
+        positions = int(getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length)
+        backbone = getattr(inner_model(self.model), "base_model", None)
+        table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        if padding is not None:  # RoBERTa counts positions from behind its padding index
+            positions -= padding + 1
+        return min(positions, self.tokenizer.model_max_length)
 
     @property
     def reads_types(self) -> bool:
@@ -171,6 +179,18 @@ def check_folder(path: str | os.PathLike[str]) -> tuple[Calibration, dict[str, A
         raise InputError("preference_model", str(folder), f"has {labels} labels; needs exactly 1")
     document = json.loads((folder / CALIBRATION_FILE).read_text())
     return Calibration.from_dict(document), document.get("metadata", {})
+
+
+def check_ensemble(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder whose model cannot say how sure it is of a utility.
+
+    Raises:
+        InputError: field ``uncertainty_penalty``.
+    """
+    known = "uncertainty" in json.loads((Path(path) / CALIBRATION_FILE).read_text())
+    if not known or not (Path(path) / ENSEMBLE_FILE).is_file():
+        mend = f"{Path(path).name} has no ensemble; fit a preference model with heads: 4, or set the penalty to 0"
+        raise InputError("uncertainty_penalty", str(path), mend)
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -172,10 +172,11 @@ def score_rows(
     members = preference_model.ensemble
     raw = np.empty(len(suffixes), dtype=np.float32)
     ensemble = None if members is None else np.empty((len(suffixes), members.out_features), dtype=np.float32)
-    for rows, features in runs(preference_model, prefixes, suffixes, owners, limit, cache):
-        raw[rows] = apply_head(head_of(model), features)[:, 0].cpu().numpy()
-        if members is not None and ensemble is not None:
-            ensemble[rows] = apply_head(members, features).cpu().numpy()
+    with preference_model.lock:
+        for rows, features in runs(preference_model, prefixes, suffixes, owners, limit, cache):
+            raw[rows] = apply_head(head_of(model), features)[:, 0].cpu().numpy()
+            if members is not None and ensemble is not None:
+                ensemble[rows] = apply_head(members, features).cpu().numpy()
     return RowScores(raw, ensemble)
 
 
@@ -220,14 +221,13 @@ def _pair_runs(
     lengths = [len(prefixes[o]) + len(s) for o, s in zip(owners, suffixes, strict=True)]
     for batch in _batches(sorted(range(len(suffixes)), key=lengths.__getitem__), lengths, 0, limit):
         pairs = [(prefixes[owners[row]], suffixes[row]) for row in batch]
-        yield batch, encoder_features(model, *encoder_inputs(preference_model, pairs))
+        yield batch, encoder_features(model, *encoder_inputs(preference_model, pairs, model.device))
 
 
 def encoder_inputs(
-    preference_model: PreferenceModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    preference_model: PreferenceModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], device: torch.device | str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Token ids, attention mask and token types (None where the model has none) of (prefix, suffix) pairs."""
-    device = preference_model.model.device
     ids, lengths = pad([[*prefix, *suffix] for prefix, suffix in pairs], device)
     types = token_types([len(prefix) for prefix, _ in pairs], ids.shape[1], device)
     return ids, mask(lengths, ids.shape[1]), types if preference_model.reads_types else None

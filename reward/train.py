@@ -25,13 +25,12 @@ from transformers import (
     Trainer,
     set_seed,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from deliberation.datasets import read_responses
-from deliberation.types import InputError, Rating, Response, Vote, is_hub_name
+from deliberation.types import Choice, InputError, Rating, Response, Vote, is_hub_name
 from embedded import resolve
 from reward.calibration import RATINGS, Calibration
-from reward.examples import Collator, DeliberationSampler, Member, members_of, rows_of_members, scale_of
+from reward.examples import Collator, DeliberationSampler, LengthSampler, Member, members_of, rows_of_members, scale_of
 from reward.heads import apply_head, encoder_features, head_of, set_head
 from reward.held_out import calibrated, hold_out, texts_of
 from reward.measures import answer_of
@@ -78,7 +77,7 @@ def fit(
     first, raters = consistent_raters(*showings(ratings), config.min_kappa)
     held_out, second = showings(eval_ratings)
     values = scale_of([*first, *held_out])
-    _check(config, first, held_out)
+    _check(config, first, held_out, raters)
     # 2. Model, and the scale its scores are on
     set_seed(config.seed)
     if model is None or tokenizer is None:
@@ -86,26 +85,28 @@ def fit(
     _no_dropout(model)
     unfitted = PreferenceModel(model, tokenizer, Calibration.of_ratings(list(values), values))
     unfitted.attention = config.attention
+    _check_lengths(unfitted, [*first, *held_out])
     unfitted.calibration = _starting_scale(unfitted, _sample(first, config.seed), values)
-    # 3. Fit
-    _spread_heads(model, config.heads)
     members = members_of(unfitted, first, config.margin, config.heads, config.seed)
     if not any(m.pairs for m in members):
         raise InputError("ratings", len(first), f"no member's ratings differ by {config.margin} or more")
+    # 3. Fit
+    _spread_heads(model, config.heads)
     arguments = copy.copy(config)
     arguments.disable_tqdm = config.disable_tqdm or not progress
     trainer = _PreferenceTrainer(_trainable(model, config), arguments, members, unfitted)
     if not progress:
         trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    fitted: Any = trainer.accelerator.unwrap_model(trainer.model)
+    fitted: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # its autocast too
     fitted = fitted.merge_and_unload() if config.use_peft else fitted
     # 4. Calibrate and measure on what it has not seen
     facts = {"base": config.model_name_or_path, "seed": config.seed, "margin": config.margin, "ratings": len(first)}
     result = PreferenceModel(fitted.eval(), tokenizer, unfitted.calibration, {**facts, **raters})
     result.ensemble, result.attention = _gather_heads(fitted), config.attention
+    leveled = any(isinstance(r, Rating | Vote) for r in first)
     topics = {r.topic for r in first if r.topic}
-    return calibrated(result, held_out, second, values, topics, config.min_kappa)
+    return calibrated(result, held_out, second, values, leveled, topics, config.min_kappa)
 
 
 def main(config: PreferenceConfig) -> PreferenceModel:
@@ -126,15 +127,44 @@ def main(config: PreferenceConfig) -> PreferenceModel:
     return result
 
 
-def _check(config: PreferenceConfig, ratings: Sequence[Response], eval_ratings: Sequence[Response]) -> None:
+def _check(
+    config: PreferenceConfig,
+    ratings: Sequence[Response],
+    eval_ratings: Sequence[Response],
+    raters: dict[str, Any],
+) -> None:
     if config.world_size > 1:  # gradients flow past the model's forward, so DDP would not synchronise them
         raise InputError("world_size", config.world_size, "fit the preference model in one process")
+    if not ratings and raters.get("raters_dropped"):
+        mend = f"leaves none of {raters['raters_dropped']} members who rated twice; lower it, or -1 to keep everybody"
+        raise InputError("min_kappa", config.min_kappa, mend)
     for name, rows in (("ratings", ratings), ("eval_ratings", eval_ratings)):
         if not rows:
             raise InputError(name, 0, "there are none; give at least one rating")
     both = {r.deliberation_id for r in ratings} & {r.deliberation_id for r in eval_ratings}
     if both:
         raise InputError("eval_ratings", min(both), "this deliberation is trained on too; hold out whole deliberations")
+    if any(isinstance(r, Rating) for r in ratings) and not any(isinstance(r, Rating) for r in eval_ratings):
+        raise InputError("eval_ratings", len(eval_ratings), "has no rating; hold some out to calibrate on")
+
+
+def _check_lengths(model: PreferenceModel, responses: Sequence[Response]) -> None:
+    """Refuse a text the model cannot read before anything is trained.
+
+    Raises:
+        InputError: naming the deliberation, the member and how long the texts may be.
+    """
+    prefixes = {(r.question, r.opinion) for r in responses}
+    suffixes = {text.statement for text in texts_of(responses)}
+    prefix = {texts: len(model.prefix_ids(*texts)) for texts in prefixes}
+    suffix = {text: len(model.suffix_ids(text)) for text in suffixes}
+    for r in responses:
+        texts = (r.chosen, r.rejected) if isinstance(r, Choice) else (r.statement,)
+        tokens = prefix[r.question, r.opinion] + max(suffix[text] for text in texts)
+        if tokens > model.room:
+            where = f"deliberation {r.deliberation_id!r}, member {r.member}: {tokens} tokens"
+            mend = f"question, opinion and statement together; shorten them to what the model reads ({model.room})"
+            raise InputError("ratings", where, mend)
 
 
 def _sample(ratings: Sequence[Response], seed: int) -> list[Response]:
@@ -250,9 +280,7 @@ class _PreferenceTrainer(Trainer):
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         if self.args.between_weight:
             return DeliberationSampler(self._members, seed)
-        tokens = [len(m.prefix) + len(m.suffixes) * max(map(len, m.suffixes)) for m in self._members]
-        generator = torch.Generator().manual_seed(seed)
-        return LengthGroupedSampler(self.args.train_batch_size, lengths=tokens, generator=generator)
+        return LengthSampler(self._members, self.args.train_batch_size, seed)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -108,6 +108,7 @@ def error_width(first: ArrayLike, second: ArrayLike, sd: ArrayLike, steps: int =
     rating is normal and independent. Maximum likelihood by expectation-maximisation (Dempster et al. 1977).
     """
     z1, z2, scale = (np.asarray(x, dtype=np.float64) for x in (first, second, sd))
+    scale = np.maximum(scale, 1e-6)
     noise = max(float(((z1 - z2) ** 2).mean() / 2), 1e-6)
     shares, factors = np.array([0.7, 0.3]), np.array([0.5, 1.6])
     for _ in range(steps):

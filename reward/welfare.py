@@ -13,7 +13,7 @@ Of members' utilities u with weights w (sum 1):
 * ``worst_cluster``: the lowest mean of any cluster of members (max-min over groups, Chakraborty et al. 2024,
   arXiv 2402.08925).
 
-Each has the unit of u and lies between min u and max u. What each keeps (tests/reward/test_welfare.py):
+Each has the unit of u and lies between min u and max u. What each keeps (tests/reward/test_welfare_axioms.py):
 
 | axiom | isoelastic | p10 | trimmed | worst_cluster |
 |---|---|---|---|---|

@@ -38,8 +38,8 @@ from deliberation.datasets import read_table
 from deliberation.types import InputError
 from embedded import resolve
 from reward.group_reward import LocalScorer, Scorer, make_group_reward
-from reward.preference import PreferenceModel, check_folder
-from reward.welfare import parse_welfare
+from reward.preference import PreferenceModel, check_ensemble, check_folder
+from reward.welfare import check_uncertainty_penalty, parse_welfare
 from rl.data import ppo_prompts
 from rl.policy import check_model_keys, load_from_keys
 from rl.ppo_config import PPOConfig
@@ -91,6 +91,7 @@ class PPOScriptConfig(PPOConfig, ModelConfig):
         super().__post_init__()
         check_model_keys(self)
         parse_welfare(self.welfare)
+        check_uncertainty_penalty(self.uncertainty_penalty)
         if self.reward_actors < 0:
             raise InputError("reward_actors", self.reward_actors, "must be 0 or more")
 
@@ -200,6 +201,8 @@ def train_ppo(
         if prompts and parse_welfare(config.welfare) == "worst_cluster" and "clusters" not in prompts[0]:
             raise InputError(f"{source}: clusters", None, "worst_cluster needs them: give one label a member")
     check_folder(_preference_path(config))
+    if config.uncertainty_penalty:
+        check_ensemble(_preference_path(config))
     model, tokenizer = load_from_keys(config)
     value_model = value_model_from(_preference_path(config), tokenizer) if config.separate_value_model else None
     # 2. Train against the welfare of each group.

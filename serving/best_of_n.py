@@ -289,7 +289,7 @@ def choose(plan: Plan, drafts: Sequence[Draft], judgement: Judgement) -> Consens
         not_shown=not_shown,
         versions=Versions(plan.policy, drafts[0].version, judgement.version),
         seed=plan.seed,
-        warnings=warnings_of(candidates, best, members, not_shown),
+        warnings=warnings_of(candidates, best, members, not_shown, plan.uncertainty_penalty),
     )
 
 
@@ -355,7 +355,11 @@ def rating_quantile(probabilities: NDArray, level: float) -> int:
 
 
 def warnings_of(
-    candidates: Sequence[Candidate], best: int, members: Sequence[MemberView], not_shown: Sequence[int]
+    candidates: Sequence[Candidate],
+    best: int,
+    members: Sequence[MemberView],
+    not_shown: Sequence[int],
+    uncertainty_penalty: float = 0.0,
 ) -> tuple[str, ...]:
     """What a caller should know before using the statement, as sentences."""
     warnings = []
@@ -369,6 +373,9 @@ def warnings_of(
         warnings.append(f"Only {len(distinct)} of {len(candidates)} candidates are distinct.")
     if not_shown:
         warnings.append(f"{len(not_shown)} opinions did not fit the policy's context; they were scored, not read.")
+    if uncertainty_penalty:
+        lowered = f"Welfare counts every utility lowered by {uncertainty_penalty:g} standard deviations."
+        warnings.append(lowered)
     dissenters = sum(m.dissents for m in members)
     if 2 * dissenters >= len(members):
         warnings.append(f"{dissenters} of {len(members)} members likely disagree: this is no consensus.")

@@ -32,6 +32,7 @@ from ray.serve.handle import DeploymentHandle
 from deliberation.types import InputError, is_hub_name
 from embedded import resolve
 from reward.actor import local_ray
+from reward.preference import check_ensemble
 from serving.api import Overloaded, make_app
 from serving.best_of_n import Draft, Judgement, Order, Plan, answer_async
 from serving.config import DEFAULT_POLICY, Sampling, ServeConfig
@@ -185,6 +186,8 @@ def build(args: ServeConfig | dict[str, Any]) -> serve.Application:
         for name, path in config.policy_folders().items()
     }
     judge = model_folder("preference_model", config.preference_model)
+    if config.uncertainty_penalty:
+        check_ensemble(judge)
     gpus = round(0.99 / (len(folders) + 1), 2) if config.device == "cuda" else 0
     options = {"num_cpus": 0.3, "num_gpus": gpus}
     policies = {

@@ -13,7 +13,7 @@ import numpy as np
 from deliberation.prompts import statement_prompt
 from deliberation.types import InputError
 from embedded import resolve
-from reward.preference import PreferenceModel, fingerprint
+from reward.preference import PreferenceModel, check_ensemble, fingerprint
 from reward.prefix_cache import PrefixCache
 from reward.scoring import score
 from rl.policy import load_policy, sample
@@ -127,6 +127,8 @@ class LocalServices:
             name: LocalSampler.load(folder, config.sampling, config.device)
             for name, folder in config.policy_folders().items()
         }
+        if config.uncertainty_penalty:
+            check_ensemble(resolve(config.preference_model))
         return cls(samplers, LocalJudge.load(config.preference_model, config.device))
 
     async def consensus(self, plan: Plan) -> Consensus:

@@ -149,11 +149,11 @@ def test_each_pair_is_asked_once_and_found_again(people, tmp_path):
         score_table(lambda part: np.full(len(part), np.nan), data, pairs)
 
 
-def test_agreement_is_the_utility_scaled_to_a_probability():
+def test_agreement_is_the_probability_of_a_rating_above_4_or_of_a_vote():
     p = agreement(CALIBRATION, np.array([-100.0, 0.0, 100.0]))
-    assert p[0] == pytest.approx(0)
-    assert p[1] == pytest.approx((CALIBRATION.utilities(0.0) - 1) / 6)
-    assert p[2] == pytest.approx(1)
+    np.testing.assert_allclose(p, [0, CALIBRATION.probabilities(0.0)[4:].sum(), 1], atol=1e-9)
+    votes = Calibration((0.5,), values=(1, 7))
+    assert agreement(votes, np.array([0.2]))[0] == pytest.approx((votes.utilities(0.2) - 1) / 6)
 
 
 def test_an_opinion_too_long_for_the_model_is_cut_and_counted(people, tmp_path, preference_model):

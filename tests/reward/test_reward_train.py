@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -425,7 +426,114 @@ def test_between_pairs_teach_whose_opinion_is_read(tmp_path):
 OPPOSED = [("yes please", 7), ("not at all", 1)]
 
 
+# --- stop and go
+
+
+@pytest.mark.parametrize("keys", [{}, {"between_weight": 1.0}, {"use_peft": True, "lora_target_modules": ["q_proj"]}])
+def test_a_resumed_fit_equals_the_uninterrupted_one_also_in_a_later_epoch(tmp_path, keys):
+    def weights(folder, **more):
+        arguments = config(folder, num_train_epochs=3, save_strategy="steps", save_steps=6, **keys, **more)
+        result = fit(arguments, world(16), world(2, first=50), tiny.make_judge(TOKENIZER), TOKENIZER, progress=False)
+        return torch.cat([p.detach().flatten() for p in result.model.parameters()])
+
+    whole = weights(tmp_path)  # 4 steps an epoch: step 6 is in the second
+    assert torch.equal(weights(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-6")), whole)
+
+
+@pytest.mark.parametrize("between", [0.0, 1.0])
+def test_every_epoch_has_an_order_of_its_own(tmp_path, between):
+    members = [member([1], [[2, 3]], [4], deliberation=k // 4) for k in range(40)]
+    arguments = config(tmp_path, between_weight=between)
+    sampler = train._PreferenceTrainer(tiny.make_judge(TOKENIZER), arguments, members, UNFITTED)._get_train_sampler()
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_what_is_calibrated_is_what_is_loaded_after_a_fit_in_bfloat16(tmp_path):
+    tokenizer = tiny.make_encoder_tokenizer()
+    arguments = config(tmp_path, max_steps=2, bf16=True)
+    result = fit(arguments, world(6), world(2, first=50), tiny.make_encoder(tokenizer), tokenizer, progress=False)
+    result.save(tmp_path / "m")
+    texts = "Q?", ["strict"], ["blue hat", "pink sea"]
+    np.testing.assert_allclose(
+        score(PreferenceModel.load(tmp_path / "m"), *texts).raw, score(result, *texts).raw, atol=1e-6
+    )
+
+
+# --- what is held out
+
+
+def test_choices_held_out_keep_the_level_that_votes_taught(tmp_path):
+    votes = [Vote(f"d{d}", 0, "Q?", "o", f"blue {d % 4}", 1 if d % 4 else -1) for d in range(40)]
+    votes += [Vote(f"d{d}", 0, "Q?", "o", "pink", -1) for d in range(40)]
+    arguments = config(tmp_path, max_steps=1)
+    result = fit(arguments, votes, told(Choice, 2, 50), tiny.make_judge(TOKENIZER), TOKENIZER, progress=False)
+    level = Calibration.of_ratings([7 if v.vote > 0 else 1 for v in votes], VOTES).utilities(0.0)
+    utilities = score_one_by_one(result, "Q?", ["o"], ["blue 1", "pink"]).utilities
+    assert abs(utilities.mean() - level) < 1.2 and level < 3.5
+
+
+@pytest.mark.parametrize("kind", [Choice, Rank])
+def test_choices_and_ranks_are_measured_with_their_controls(tmp_path, kind):
+    arguments, held_out = config(tmp_path, max_steps=25), told(kind, 4, 50)
+    result = fit(arguments, told(kind, 20), held_out, tiny.make_judge(TOKENIZER), TOKENIZER, progress=False)
+    found = result.metadata["measures"]
+    assert found["accuracy"] > 0.9 and found["swapped"] > 0.9  # members here differ in level alone
+    assert found["longest"] == 0.5 and found["overlap"] == 0.5
+    assert found["pairs"] == (16 if kind is Choice else 32)
+    assert score(result, "Q?", ["o"], ["s"]).sd is not None
+
+
+def test_held_out_choices_beside_votes_are_measured_apart(tmp_path):
+    held_out = [*told(Vote, 2, 50), *told(Choice, 2, 50)]
+    result = fit(config(tmp_path, max_steps=1), told(Vote, 6), held_out, tiny.make_judge(TOKENIZER), TOKENIZER, False)
+    assert {"accuracy", "compared_accuracy", "compared_swapped"} <= set(result.metadata["measures"])
+
+
 # --- bad input
+
+
+def refused(ratings, eval_ratings, model=None, tokenizer=TOKENIZER, **keys):
+    """The error of a fit that must not train: its model is not touched."""
+    model = tiny.make_judge(TOKENIZER) if model is None else model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(InputError) as error:
+        fit(PreferenceConfig(output_dir="unused", use_cpu=True, **keys), ratings, eval_ratings, model, tokenizer, False)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    return error.value
+
+
+def test_ratings_need_ratings_held_out():
+    assert refused(world(4), told(Choice, 2, 50)).field == "eval_ratings"
+
+
+@pytest.mark.parametrize("where", ["trained", "held_out"])
+def test_a_text_too_long_for_the_model_is_named_before_training(where):
+    rows = {"trained": world(3), "held_out": world(2, first=50)}
+    rows[where].append(Rating("dx", 3, "Q?", "word " * 380, "word " * 100, 4, 4))  # a byte a token, 2048 at most
+    error = refused(rows["trained"], rows["held_out"])
+    assert error.field == "ratings" and "'dx', member 3" in str(error.value)
+
+
+def test_a_member_with_two_opinions_is_refused():
+    rows = world(3)
+    error = refused([*rows, replace(rows[0], opinion="another", statement="new")], world(2, first=50))
+    assert error.field == "opinion"
+
+
+def test_a_filter_that_leaves_nobody_says_so():
+    once = [Rating("d", 0, "Q?", "o", f"s{k}", a, 4) for k, a in enumerate((1, 7, 1, 7, 1, 7))]
+    again = [replace(r, agreement=8 - r.agreement) for r in once]
+    assert refused([*once, *again], world(2, first=50)).field == "min_kappa"
+
+
+def test_a_text_met_twice_makes_no_pair_with_itself():
+    rows = [Vote("d", 0, "Q?", "o", "a", 1), Vote("d", 0, "Q?", "o", "a", -1), Vote("d", 0, "Q?", "o", "b", -1)]
+    (one,) = members_of(UNFITTED, rows, margin=1)
+    assert all(i != j for i, j in one.pairs)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -236,6 +237,18 @@ def test_prefix_attention_is_refused_where_no_cls_is_pooled():
     model.attention = "prefix"
     with pytest.raises(InputError, match="pair"):
         score(model, QUESTION, OPINIONS, STATEMENTS)
+
+
+@pytest.mark.parametrize("make", [preference_model, lambda: encoder("bert")])
+def test_threads_may_share_a_model_and_a_cache(make):
+    model, cache = make(), PrefixCache(max_bytes=30_000)
+    groups = [(f"Question {k}?", [f"opinion {k}", "the same"], STATEMENTS) for k in range(8)]
+    expected = [score(model, *group).raw for group in groups]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda k: score(model, *groups[k % 8], cache=cache).raw, range(64)))
+    for k, raw in enumerate(found):
+        np.testing.assert_allclose(raw, expected[k % 8], atol=1e-5, rtol=0)
+    assert cache.bytes == sum(t.nbytes for states in cache._kept.values() for layer in states for t in layer)
 
 
 # --- texts that do not fit
