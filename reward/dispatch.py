@@ -17,8 +17,12 @@ from typing import Any, Protocol
 from deliberation.types import InputError
 from reward.scoring import Scores
 
-ATTEMPTS = 6
-"""Times a call may fail, on different actors where there are any, before it is given up."""
+ATTEMPTS = 12
+"""Times a call may fail, on different actors where there are any, before it is given up. More than an innocent call
+meets where an actor dies every few seconds, few enough for a call that ends its actors."""
+
+HANGS_AFTER = 1 / 6
+"""Share of a call's time limit after which an actor that keeps a batch is taken to hang."""
 
 IN_FLIGHT = 2
 """Batches an actor holds at once: it computes one while the next is already there."""
@@ -111,8 +115,8 @@ class Dispatcher:
         actors: at least one, ready.
         max_batch: calls handed to an actor at once, >= 1.
         max_outstanding: calls admitted at once, waiting or with an actor, >= 1; further callers wait.
-        timeout: seconds a call may take from its admission; an actor that keeps a batch for a share of it
-            (1 / ``ATTEMPTS``) is taken to hang and restarted.
+        timeout: seconds a call may take from its admission; an actor that keeps a batch for
+            ``HANGS_AFTER`` of it is restarted.
     """
 
     def __init__(
@@ -193,7 +197,7 @@ class Dispatcher:
         return min(free, key=lambda worker: worker.work), _Batch(calls)
 
     async def _run(self, worker: _Worker, batch: _Batch) -> None:
-        limit = self._timeout / ATTEMPTS
+        limit = self._timeout * HANGS_AFTER
         answers: Sequence[Scores | InputError | Failure]
         try:
             async with asyncio.timeout(limit):
