@@ -5,17 +5,16 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks.human_measures import Array
 from benchmarks.human_splits import Predictor
-from benchmarks.human_votes import IntArray, Row, VoteSet
+from benchmarks.human_votes import IntArray, VoteSet
 from deliberation.types import InputError
 from reward.preference import Calibration, PreferenceModel
-from reward.scoring import score_ratings
+from reward.scoring import Answered, score_ratings
 
 CHUNK = 512
 """Rows a call: the progress moves, and equal prefixes mostly stay in one call."""
@@ -28,8 +27,8 @@ def model_predictor(
     opinions, cut = fitting_opinions(model, data, pairs)
 
     def score(part: IntArray) -> np.ndarray:
-        rows: Any = [Row(data.questions[p], opinions[p], data.statements[s]) for p, s in part.tolist()]
-        return score_ratings(model, rows)  # reads question, opinion and statement alone
+        rows = [Answered(data.questions[p], opinions[p], data.statements[s]) for p, s in part.tolist()]
+        return score_ratings(model, rows)
 
     table = score_table(score, data, pairs, chunk=chunk)
     return Predictor(table, lambda raw: agreement(model.calibration, raw)), cut

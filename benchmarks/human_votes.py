@@ -28,15 +28,6 @@ _QUESTIONS = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """One text triple, with the attributes ``reward.scoring.score_ratings`` reads."""
-
-    question: str
-    opinion: str
-    statement: str
-
-
-@dataclass(frozen=True)
 class Split:
     """The votes and the a/b choices of one split; persons are numbered 0 .. ``persons`` - 1 within it.
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import date
 from random import Random
 from typing import Any
@@ -122,7 +123,7 @@ def main() -> None:
     model = PreferenceModel.load(resolve(args.preference_model))
     if model.uncertainty is None:
         raise InputError("preference_model", args.preference_model, "has no ensemble; fit one with heads: 4")
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"uncertainty": asdict(model.uncertainty)}
     for words in ("known_words", "held_out_words"):
         groups = held_out_groups(load_questions("test"), args.groups, args.seed)
         if words == "known_words":
@@ -138,7 +139,8 @@ def main() -> None:
             "rerank": rerank(scores, gold, args.welfare, args.seed),
         }
     if not args.json:
-        for words, found in figures.items():
+        for words in ("known_words", "held_out_words"):
+            found = figures[words]
             print(f"{words}: ECE {found['calibration_error']}, 90 % intervals cover {found['coverage_90']:.1%} of gold")
             for row in found["rerank"]:
                 gain = row["gold_gain"]

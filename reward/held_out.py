@@ -62,11 +62,8 @@ def calibrated(
     model.uncertainty = None if model.ensemble is None else Uncertainty()
     if not rated:
         if not leveled:  # ranks and choices say nothing of the level: a statement of mean score is a toss-up
-            mean, slope = (
-                float(score_ratings(model, texts_of(held_out)).mean(dtype=np.float64)),
-                model.calibration.slope,
-            )
-            model.calibration = Calibration((slope * mean,), slope, values)
+            slope, scores = model.calibration.slope, score_ratings(model, texts_of(held_out))
+            model.calibration = Calibration((slope * float(scores.mean(dtype=np.float64)),), slope, values)
         model.metadata = {**model.metadata, "eval_ratings": len(held_out), "measures": on_pairs}
         return model
     found = score_responses(model, rated)

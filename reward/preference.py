@@ -185,12 +185,12 @@ def check_ensemble(path: str | os.PathLike[str]) -> None:
     """Refuse a folder whose model cannot say how sure it is of a utility.
 
     Raises:
-        InputError: field ``uncertainty_penalty``.
+        InputError: field ``preference_model``.
     """
     known = "uncertainty" in json.loads((Path(path) / CALIBRATION_FILE).read_text())
     if not known or not (Path(path) / ENSEMBLE_FILE).is_file():
-        mend = f"{Path(path).name} has no ensemble; fit a preference model with heads: 4, or set the penalty to 0"
-        raise InputError("uncertainty_penalty", str(path), mend)
+        mend = "has no ensemble, which uncertainty_penalty needs; fit one with heads: 4, or set the penalty to 0"
+        raise InputError("preference_model", str(path), mend)
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -12,8 +12,8 @@ from reward.heads import is_encoder
 from reward.prefixes import Prefixes, shared_states
 
 CACHE_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}
-"""Memory of keys and values that a cache holds by default. A token of the embedded judge takes 2 KiB, one of Qwen3-0.6B
-in bfloat16 112 KiB: enough for the members of a batch of groups of either."""
+"""Memory of keys and values that a cache holds by default. A token of the embedded judge takes 6 KiB, one of Qwen3-0.6B
+in bfloat16 112 KiB: room for about 40,000 tokens of either."""
 
 States = list[tuple[Tensor, Tensor]]
 

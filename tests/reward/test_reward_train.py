@@ -467,13 +467,11 @@ def test_what_is_calibrated_is_what_is_loaded_after_a_fit_in_bfloat16(tmp_path):
 
 
 def test_choices_held_out_keep_the_level_that_votes_taught(tmp_path):
-    votes = [Vote(f"d{d}", 0, "Q?", "o", f"blue {d % 4}", 1 if d % 4 else -1) for d in range(40)]
-    votes += [Vote(f"d{d}", 0, "Q?", "o", "pink", -1) for d in range(40)]
+    votes = [Vote(f"d{d}", 0, "Q?", "o", "blue", 1 if d % 10 == 0 else -1) for d in range(40)]
+    votes += [Vote(f"d{d}", 0, "Q?", "o", "pink", -1) for d in range(40)]  # 4 of 80 agree
     arguments = config(tmp_path, max_steps=1)
     result = fit(arguments, votes, told(Choice, 2, 50), tiny.make_judge(TOKENIZER), TOKENIZER, progress=False)
-    level = Calibration.of_ratings([7 if v.vote > 0 else 1 for v in votes], VOTES).utilities(0.0)
-    utilities = score_one_by_one(result, "Q?", ["o"], ["blue 1", "pink"]).utilities
-    assert abs(utilities.mean() - level) < 1.2 and level < 3.5
+    assert score_one_by_one(result, "Q?", ["o"], ["blue", "pink"]).utilities.mean() < 3  # a toss-up would be 4
 
 
 @pytest.mark.parametrize("kind", [Choice, Rank])

@@ -243,6 +243,16 @@ def test_worst_cluster_without_clusters_is_refused_before_training(tmp_path, fol
     assert not Path(config.output_dir).exists()
 
 
+def test_a_penalty_on_uncertainty_without_an_ensemble_is_refused_before_training(tmp_path, folders):
+    config = settings(tmp_path, folders, uncertainty_penalty=1.0)
+    with pytest.raises(InputError, match="heads: 4") as error:
+        train_ppo(config, ROWS)
+    assert error.value.field == "preference_model"
+    assert not Path(config.output_dir).exists()
+    with pytest.raises(InputError, match="uncertainty_penalty"):
+        settings(tmp_path, folders, uncertainty_penalty=-1.0)
+
+
 def test_weights_reach_the_reward(tmp_path, folders):
     first = []
     for weights in ([1.0, 1.0], [1.0, 0.0]):

@@ -139,6 +139,7 @@ def test_an_uncertain_winner_gives_way_where_uncertainty_is_penalised():
         assert result.statement == winner and result.winners["nash"].statement == winner
         assert result.candidates[0].utilities == (6.0, 6.0, 6.0)  # what is predicted stays what is shown
     assert result.welfare == pytest.approx(4.9)
+    assert any("lowered by 1 standard deviations" in warning for warning in result.warnings)
     with pytest.raises(InputError, match="ensemble"):
         best_of_n(ListSampler(["Bold."]), TableJudge(table), "Why?", OPINIONS, n=1, uncertainty_penalty=1.0)
 
