@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from deliberation.types import Choice, Deliberation, InputError, Rank, Rating, Response, Vote, is_hub_name
+from deliberation.types import Choice, Deliberation, InputError, Rank, Rating, Response, SoftVote, Vote, is_hub_name
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
@@ -118,6 +118,7 @@ MEMBER_COLUMNS = ("deliberation_id", "member", "question", "opinion")
 RESPONSES: dict[type, tuple[str, ...]] = {
     Rating: ("statement", "agreement", "quality"),
     Vote: ("statement", "vote"),
+    SoftVote: ("statement", "p_agree"),
     Rank: ("statement", "rank"),
     Choice: ("chosen", "rejected"),
 }
@@ -125,7 +126,7 @@ RESPONSES: dict[type, tuple[str, ...]] = {
 
 
 def read_responses(source: str | Path) -> list[Response]:
-    """Ratings, votes, ranks or choices of a table, whichever its columns are (``topic`` may be left out).
+    """Ratings, votes, soft votes, ranks or choices of a table, whichever its columns are (``topic`` may be left out).
 
     Raises:
         InputError: if the columns of no kind are all there, or a row is bad.

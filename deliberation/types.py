@@ -173,6 +173,31 @@ class Vote:
 
 
 @dataclass(frozen=True)
+class SoftVote:
+    """How likely one member is to agree with one statement, as a teacher says: for distillation (Hinton et al. 2015).
+
+    Attributes: as of ``Rating``, with ``p_agree`` in place of ``agreement`` and ``quality``.
+
+    Raises:
+        InputError: on anything but a number from 0 to 1, or an empty text.
+    """
+
+    deliberation_id: str
+    member: int
+    question: str
+    opinion: str
+    statement: str
+    p_agree: float
+    topic: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("question", "opinion", "statement"):
+            check_text(name, getattr(self, name))
+        if isinstance(self.p_agree, bool) or not isinstance(self.p_agree, int | float) or not 0 <= self.p_agree <= 1:
+            raise InputError("p_agree", self.p_agree, "must be a probability, from 0 to 1")
+
+
+@dataclass(frozen=True)
 class Rank:
     """One statement's place in one member's ranking: 0 is the best, equal places are ties.
 
@@ -220,5 +245,5 @@ class Choice:
             check_text(name, getattr(self, name))
 
 
-Response = Rating | Vote | Rank | Choice
+Response = Rating | Vote | SoftVote | Rank | Choice
 """What one member says of one or two statements; a preference model is fitted to any mixture of them."""

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from deliberation.types import Choice, InputError, Rank, Rating, Response, Vote
+from deliberation.types import Choice, InputError, Rank, Rating, Response, SoftVote, Vote
 from reward.calibration import RATINGS, VOTES
 from reward.preference import PreferenceModel
 from reward.prefixes import pad
@@ -28,7 +28,8 @@ class Member:
         deliberation: number of the deliberation; members of the same one rated the same statements.
         prefix: question and opinion.
         suffixes: the statements, each once.
-        labels: for each statement its rating's place on the scale, from 1; 0 where it has none (ranked, or chosen).
+        labels: for each statement its rating's place on the scale, from 1; 0 where it has none (ranked, or chosen);
+            between two places where a teacher says how likely either is.
         pairs: statements the member told apart.
         weights: one a head of the ensemble, mean 1 over members (Bayesian bootstrap, Rubin 1981).
     """
@@ -36,7 +37,7 @@ class Member:
     deliberation: int
     prefix: list[int]
     suffixes: list[list[int]]
-    labels: list[int]
+    labels: list[float]
     pairs: Pairs
     weights: list[float]
 
@@ -48,7 +49,7 @@ def scale_of(responses: Sequence[Response]) -> tuple[int, ...]:
         InputError: field ``ratings``, if there are both.
     """
     kinds = {type(r) for r in responses}
-    if {Rating, Vote} <= kinds:
+    if Rating in kinds and kinds & {Vote, SoftVote}:
         raise InputError("ratings", "ratings and votes", "are on two scales; fit to one of them")
     return RATINGS if Rating in kinds else VOTES
 
@@ -92,7 +93,7 @@ def _member(
     texts = [text for r in responses for text in ((r.chosen, r.rejected) if isinstance(r, Choice) else (r.statement,))]
     place = {text: k for k, text in enumerate(dict.fromkeys(texts))}
     # 2. What was said of it
-    labels, pairs = [0] * len(place), []  # type: list[int], Pairs
+    labels, pairs = [0.0] * len(place), []  # type: list[float], Pairs
     worth: dict[type, list[tuple[int, int]]] = {Rating: [], Vote: [], Rank: []}
     for r in responses:
         if isinstance(r, Choice):
@@ -103,6 +104,8 @@ def _member(
         elif isinstance(r, Vote) and r.vote:  # a pass says nothing
             labels[place[r.statement]] = 1 + (r.vote > 0)
             worth[Vote].append((place[r.statement], r.vote))
+        elif isinstance(r, SoftVote):
+            labels[place[r.statement]] = 1 + r.p_agree
         elif isinstance(r, Rank):
             worth[Rank].append((place[r.statement], -r.rank))
     # 3. What was told apart
@@ -112,6 +115,17 @@ def _member(
         pairs += [(i, j) for i, j in told if i != j]  # a text that was met twice
     prefix = model.prefix_ids(responses[0].question, responses[0].opinion)
     return Member(deliberation, prefix, [model.suffix_ids(text) for text in place], labels, pairs, weights)
+
+
+def soft_pairs(member: Member) -> list[tuple[int, int, float]]:
+    """(Preferred, other, weight) of the statements a teacher spoke of: how often two votes would tell them apart so.
+
+    Bradley-Terry's loss on them is its expectation over independent votes. Weights add up to 1.
+    """
+    soft = [(j, label - 1) for j, label in enumerate(member.labels) if label % 1]
+    found = [(i, j, p * (1 - q)) for i, p in soft for j, q in soft if i != j]
+    total = sum(weight for _, _, weight in found)
+    return [(i, j, weight / total) for i, j, weight in found]
 
 
 def pairs_of(values: Sequence[int], margin: int) -> Pairs:
@@ -124,8 +138,8 @@ class Collator:
     """Members -> one batch: rows sorted by length and cut into passes of similar length.
 
     ``pairs`` [pairs, 2] holds (preferred, other) as row numbers, within members first, then between members (on the
-    same statement). A member's pairs and rows weigh as much as the member; a deliberation's pairs between members as
-    much as its members together, times ``between_weight``. Weights are [pairs or rows, heads].
+    same statement). A member's pairs, its soft pairs and its rows weigh as much as the member each; a deliberation's
+    pairs between members as much as its members together, times ``between_weight``. Weights are [pairs or rows, heads].
     """
 
     model: PreferenceModel
@@ -138,6 +152,9 @@ class Collator:
         rows.sort(key=lambda row: self._length(members, *row))
         place = {row: number for number, row in enumerate(rows)}
         pairs = [(place[i, w], place[i, x], i, 1 / len(m.pairs)) for i, m in enumerate(members) for w, x in m.pairs]
+        pairs += [
+            (place[i, w], place[i, x], i, weight) for i, m in enumerate(members) for w, x, weight in soft_pairs(m)
+        ]
         if self.between_weight:
             pairs += self._between(members, place)
         bootstrap = torch.tensor([member.weights for member in members])
@@ -170,7 +187,7 @@ class Collator:
         self, members: Sequence[Member], place: dict[tuple[int, int], int]
     ) -> list[tuple[int, int, int, float]]:
         """Pairs of members that rated the same statement apart; the preferring member's bootstrap weight counts."""
-        seen: dict[int, dict[tuple[int, ...], list[tuple[int, int, int]]]] = {}
+        seen: dict[int, dict[tuple[int, ...], list[tuple[int, int, float]]]] = {}
         sizes: dict[int, int] = {}
         for i, member in enumerate(members):
             sizes[member.deliberation] = sizes.get(member.deliberation, 0) + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,8 +58,9 @@ def encoder_features(model: nn.Module, ids: Tensor, attention_mask: Tensor, type
 
 
 def apply_head(head: nn.Linear, features: Tensor) -> Tensor:
-    """Scores [rows, outputs], in float32 whatever the head's type: bfloat16 would tie candidates."""
-    return F.linear(features.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+    """Scores [rows, outputs], in float32 whatever the head's type or the autocast: bfloat16 would tie candidates."""
+    with torch.autocast(features.device.type, enabled=False):
+        return F.linear(features.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
 
 def write_heads(path: Path, heads: nn.Linear) -> None:

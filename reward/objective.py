@@ -33,16 +33,26 @@ def preference_loss(
         start: the fixed scale the scores move on.
 
     Returns:
-        The loss, and ``pairwise`` and ``ordinal`` of it, and ``accuracy`` on the pairs (None without a pair).
+        The loss, and ``pairwise`` and ``ordinal`` of it, and ``accuracy`` on the pairs, by their weights (absent without a pair).
     """
     difference = scores[batch["pairs"][:, 0]] - scores[batch["pairs"][:, 1]]
     pairwise = -(batch["pair_weights"] * F.logsigmoid(start.slope * difference)).sum()
-    labels = batch["labels"].clamp(min=1)  # rows without a label have weight 0
     cuts = torch.tensor(start.cut_points, dtype=scores.dtype, device=scores.device)
-    likely = torch.stack([ordinal_log_likelihood(s, labels, cuts, start.slope) for s in scores.unbind(1)], dim=1)
+    likely = torch.stack([_log_likelihood(s, batch["labels"], cuts, start.slope) for s in scores.unbind(1)], dim=1)
     ordinal = -(batch["row_weights"] * likely).sum()
     heads = scores.shape[1]
     metrics = {"pairwise": float(pairwise.detach()) / heads, "ordinal": float(ordinal.detach()) / heads}
     if len(difference):
-        metrics["accuracy"] = float((difference.detach() > 0).float().mean())
+        right, weights = (difference.detach() > 0).float(), batch["pair_weights"]
+        metrics["accuracy"] = float((weights * right).sum() / weights.sum())
     return (pairwise + ordinal_weight * ordinal) / heads, metrics
+
+
+def _log_likelihood(scores: Tensor, labels: Tensor, cuts: Tensor, slope: float) -> Tensor:
+    """Expected log P(r | s) [rows]: a label between two places of the scale, 1.7 say, is the upper one with P = .7.
+
+    Rows without a label have label 0 (and weight 0).
+    """
+    lower, upper = labels.floor().clamp(min=1).long(), labels.ceil().clamp(min=1).long()
+    low, high = (ordinal_log_likelihood(scores, place, cuts, slope) for place in (lower, upper))
+    return torch.lerp(low, high, (labels - lower).clamp(min=0).to(scores.dtype))

@@ -101,7 +101,7 @@ def prefix_states(model: nn.Module, ids: Tensor, lengths: Tensor) -> Prefixes:
         ids, lengths, cache = ids[:, 1:], lengths - 1, DynamicCache(config=backbone.config)
         backbone(
             input_ids=ids,
-            attention_mask=mask(lengths, ids.shape[1]).bool()[:, None, None, :].expand(-1, 1, ids.shape[1], -1),
+            attention_mask=_encoder_mask(backbone, mask(lengths, ids.shape[1]).bool(), ids.shape[1]),
             position_ids=1 + torch.arange(ids.shape[1], device=ids.device)[None],
             past_key_values=cache,
         )
@@ -167,16 +167,30 @@ def _read_opening(
     before = prefixes.lengths[owners]
     first = torch.full((rows, 1), int(prefixes.opening or 0), device=ids.device)
     after = 1 + before[:, None] + torch.arange(width, device=ids.device)
+    backbone = sharing_backbone(model)
     seen = torch.cat([mask(before, prefixes.width), mask(lengths + 1, width + 1)], dim=1).bool()
     types = torch.ones(rows, width + 1, dtype=torch.long, device=ids.device)
     types[:, 0] = 0
-    return sharing_backbone(model)(
+    return backbone(
         input_ids=torch.cat([first, ids], dim=1),
         token_type_ids=types,
-        attention_mask=seen[:, None, None, :].expand(-1, 1, width + 1, -1),
+        attention_mask=_encoder_mask(backbone, seen, width + 1),
         position_ids=torch.cat([torch.zeros_like(first), after], dim=1),
         past_key_values=Cache(layers=list(layers)),
     ).pooler_output
+
+
+def _encoder_mask(backbone: Any, seen: Tensor, queries: int) -> Tensor:
+    """Keys that every query of a row sees, bool [rows, keys] -> [rows, 1, queries, keys] for the model's attention.
+
+    Eager attention adds the mask to its logits, whatever its type: true and false would be 1 and 0.
+    """
+    seen = seen[:, None, None, :].expand(-1, 1, queries, -1)
+    if backbone.config._attn_implementation != "eager":
+        return seen
+    kind = seen.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else backbone.dtype
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def prefix_attention(prefix_length: int, length: int) -> Tensor:

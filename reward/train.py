@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import (
 )
 
 from deliberation.datasets import read_responses
-from deliberation.types import Choice, InputError, Rating, Response, Vote, is_hub_name
+from deliberation.types import Choice, InputError, Rating, Response, SoftVote, Vote, is_hub_name
 from embedded import resolve
 from reward.calibration import RATINGS, Calibration
 from reward.examples import Collator, DeliberationSampler, LengthSampler, Member, members_of, rows_of_members, scale_of
@@ -45,10 +46,13 @@ from reward.scoring import score_ratings
 _SCALE_MEMBERS = 64
 """Members whose ratings tell, before training, what scale the model's scores are on."""
 
+_STEEPEST = 10.0
+"""Logits that one unit of a new head's score is worth at most."""
+
 _HEAD_NOISE = 0.3
 """How far an ensemble's heads start apart, as a share of the size of the head they start from."""
 
-_ROWS_A_PASS = {"cpu": 16, "cuda": 256}
+_ROWS_A_PASS = {"cpu": 12, "cuda": 256}
 """Suffixes in one forward pass of training: what was fastest. Changes nothing but speed."""
 
 
@@ -97,14 +101,15 @@ def fit(
     trainer = _PreferenceTrainer(_trainable(model, config), arguments, members, unfitted)
     if not progress:
         trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    with _fast_backward(model, trainer.args.device):
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     fitted: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # its autocast too
     fitted = fitted.merge_and_unload() if config.use_peft else fitted
     # 4. Calibrate and measure on what it has not seen
     facts = {"base": config.model_name_or_path, "seed": config.seed, "margin": config.margin, "ratings": len(first)}
     result = PreferenceModel(fitted.eval(), tokenizer, unfitted.calibration, {**facts, **raters})
     result.ensemble, result.attention = _gather_heads(fitted), config.attention
-    leveled = any(isinstance(r, Rating | Vote) for r in first)
+    leveled = any(isinstance(r, Rating | Vote | SoftVote) for r in first)
     topics = {r.topic for r in first if r.topic}
     return calibrated(result, held_out, second, values, leveled, topics, config.min_kappa)
 
@@ -144,6 +149,9 @@ def _check(
     both = {r.deliberation_id for r in ratings} & {r.deliberation_id for r in eval_ratings}
     if both:
         raise InputError("eval_ratings", min(both), "this deliberation is trained on too; hold out whole deliberations")
+    if any(isinstance(r, SoftVote) for r in eval_ratings):
+        mend = "are a teacher's, not people's; give files of what people said as eval_ratings"
+        raise InputError("eval_ratings", "soft votes", mend)
     if any(isinstance(r, Rating) for r in ratings) and not any(isinstance(r, Rating) for r in eval_ratings):
         raise InputError("eval_ratings", len(eval_ratings), "has no rating; hold some out to calibrate on")
 
@@ -195,6 +203,18 @@ def _no_dropout(model: torch.nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
+@contextmanager
+def _fast_backward(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """On a CPU, attention as plain matrix products: the fused kernel's backward pass is slow on short rows."""
+    before = model.config._attn_implementation
+    if device.type == "cpu":
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def _spread_heads(model: PreTrainedModel, heads: int) -> None:
     """Replace a one-label head by an ensemble's: copies of it, moved apart."""
     if heads == 1:
@@ -244,17 +264,20 @@ def _starting_scale(model: PreferenceModel, responses: Sequence[Response], value
     """Cut-points and slope of the loss, fixed during training; the scores move to fit them.
 
     A model whose scores already tell ratings apart keeps its scale. Any other gets one where the standard deviation
-    of its scores is worth one logit, so that the loss does not depend on how a new head was initialised.
+    of its scores is worth one logit, so that the loss does not depend on how a new head was initialised; less, where
+    the scores hardly differ, or every step of training would be magnified with them.
     """
-    scores = score_ratings(model, texts_of(responses)).astype(np.float64)
+    rated = [r for r in responses if isinstance(r, Rating) or (isinstance(r, Vote) and r.vote)]
+    scores = score_ratings(model, texts_of(rated or responses)).astype(np.float64)
     spread = max(float(scores.std()), 1e-6)
-    seen = [answer_of(r) for r in responses if isinstance(r, Rating) or (isinstance(r, Vote) and r.vote)]
-    if len(seen) == len(scores):
+    seen = [answer_of(r) for r in rated]
+    if seen:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # scores that tell nothing are expected here, and handled below
             fitted = Calibration.fit(scores, seen, values)
         if fitted.slope * spread >= 0.5:
             return fitted
+    spread = max(spread, 1 / _STEEPEST)
     level = Calibration.of_ratings(seen or list(values), values).cut_points
     return Calibration(tuple(np.add(level, float(scores.mean()) / spread)), 1 / spread, values)
 

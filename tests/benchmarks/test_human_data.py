@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import random
+from zlib import crc32
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from benchmarks import human_data
-from benchmarks.human_data import Settings, drawn, held_out, prepare
-from benchmarks.human_stance import citizen_rows, stance_rows
+from benchmarks.human_data import prepare
+from benchmarks.human_dialogues import dialogue_rows
+from benchmarks.human_people import Settings, held_out
+from benchmarks.human_polis import drawn, polis_votes
+from benchmarks.human_stance import stance_rows
 from deliberation.datasets import read_responses
-from deliberation.types import Choice, InputError, Vote
+from deliberation.types import Choice, InputError, SoftVote, Vote
 
 PEOPLE, STATEMENTS = 120, 14
+
+
+def encode(texts):
+    """A vector of its own for every text."""
+    return torch.stack([torch.randn(16, generator=torch.Generator().manual_seed(crc32(t.encode()))) for t in texts]) / 4
 
 
 @pytest.fixture
@@ -35,6 +44,7 @@ def folder(tmp_path):
         statements = [
             {
                 "statement_id": f"{place}/s{k}",
+                "question_id": place,
                 "text": f"{place} says {k}",
                 "author_id": f"{place}/p{k}",
                 "moderated": 0 if k else -1,
@@ -92,46 +102,53 @@ def folder(tmp_path):
 
 
 def test_only_training_people_are_in_it_and_calibration_has_people_of_its_own(folder, tmp_path):
-    counts = prepare(folder, tmp_path / "out", Settings(draws=1, repeats=1))
+    counts = prepare(folder, tmp_path / "out", Settings(draws=1, repeats=1), encode)
     tables = {name: read_responses(tmp_path / "out" / f"{name}.parquet") for name in counts}
     assert {name: len(rows) for name, rows in tables.items()} == counts
     assert {type(r) for r in tables["votes"]} == {type(r) for r in tables["calibration"]} == {Vote}
     assert {type(r) for r in tables["choices"]} == {Choice}
+    assert {type(r) for r in tables["soft_votes"]} == {SoftVote}
     # dialogue opinions name their person, who must be in train, and on one side of the calibration split
     said = {
         name: {r.opinion.removesuffix(" thinks") for r in rows if "remesh" in r.topic} for name, rows in tables.items()
     }
     assert said["votes"] and said["calibration"] and not said["votes"] & said["calibration"]
-    for name in ("votes", "choices", "calibration"):
+    for name in ("soft_votes", "votes", "choices", "calibration"):
         assert all(int(who.rpartition("p")[2]) % 3 for who in said[name])
         assert all(held_out(who) is (name == "calibration") for who in said[name])
     assert {r.deliberation_id for r in tables["votes"]}.isdisjoint(r.deliberation_id for r in tables["calibration"])
     assert not any(
-        "says 0" in r.statement or "says 0" in r.opinion.split("\n") for r in tables["votes"] if "polis" in r.topic
+        "says 0" in r.statement or "says 0" in r.opinion.split("\n") for r in tables["soft_votes"] if "polis" in r.topic
     )
 
 
 def test_a_member_judges_nothing_of_the_profile_and_groups_judge_the_same(folder):
-    rows = human_data.polis_votes(folder, Settings(draws=2))
+    rows = polis_votes(folder, Settings(draws=2))
     judged = {}
     for r in rows:
         assert r["statement"] not in r["opinion"].split("\n")
         judged.setdefault(r["deliberation_id"], {}).setdefault(r["statement"], set()).add(r["member"])
     shared = [len(members) for statements in judged.values() for members in statements.values()]
     assert sum(shared) / len(shared) > 2
-    assert rows == human_data.polis_votes(folder, Settings(draws=2))
-    assert rows != human_data.polis_votes(folder, Settings(draws=2, seed=1))
+    assert rows == polis_votes(folder, Settings(draws=2))
+    assert rows != polis_votes(folder, Settings(draws=2, seed=1))
 
 
 def test_a_profile_leaves_half_of_what_was_agreed_with():
-    votes = {f"s{k}": 1 if k < 6 else -1 for k in range(12)}
+    votes = {f"s{k}": 1 if k < 6 else -1 for k in range(12)} | {"own": 1}
     for seed in range(30):
-        profile, targets = drawn(votes, ["own"], {f"s{k}": k for k in range(12)}, 16, random.Random(seed))
+        profile = drawn(votes, ["own"], random.Random(seed))
         assert profile[0] == "own" and 1 <= len(profile) - 1 <= 3
-        assert set(profile[1:]) | set(targets) == set(votes) and not set(profile) & set(targets)
+        assert all(votes[s] > 0 for s in profile[1:]) and len(set(profile)) == len(profile)
 
 
-def test_in_the_warm_up_no_statement_is_popular(folder):
+def test_nobody_gets_a_soft_vote_on_what_they_voted_on_in_a_dialogue(folder):
+    votes, _, soft = dialogue_rows(folder, Settings(repeats=1, unseen=STATEMENTS), encode)
+    said = {(r["opinion"], r["statement"]) for r in votes}
+    assert said and said.isdisjoint((r["opinion"], r["statement"]) for r in soft)
+
+
+def test_among_stances_no_statement_is_popular(folder):
     rows = stance_rows(folder, random.Random(0))
     assert not any("held out" in r["statement"] for r in rows)
     for statement in {r["statement"] for r in rows}:
@@ -142,13 +159,7 @@ def test_in_the_warm_up_no_statement_is_popular(folder):
         )
 
 
-def test_citizens_vote_on_what_is_not_their_own():
-    rows = citizen_rows(random.Random(0))
-    assert len(rows) > 1000 and {r["vote"] for r in rows} == {1, -1}
-    assert all(r["statement"] != r["opinion"] for r in rows)
-
-
 def test_a_folder_of_another_schema_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no remesh_questions.jsonl"):
-        prepare(tmp_path, tmp_path / "out", Settings())
+        prepare(tmp_path, tmp_path / "out", Settings(), encode)
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from trl import TrlParser
 
 from deliberation.prompts import preference_prefix, preference_suffix
-from deliberation.types import Choice, InputError, Rank, Rating, Vote
+from deliberation.types import Choice, InputError, Rank, Rating, SoftVote, Vote
 from reward import train
 from reward.calibration import RATINGS, VOTES, Calibration, ordinal_log_likelihood
 from reward.examples import Collator, DeliberationSampler, Member, members_of, pairs_of
@@ -313,6 +313,74 @@ def test_choices_beside_votes_are_fitted_and_ratings_beside_votes_are_refused(tm
     with pytest.raises(InputError, match="two scales") as error:
         fit(config(tmp_path), [*told(Vote, 2), *world(2)], world(2, first=50), tiny.make_judge(TOKENIZER), TOKENIZER)
     assert error.value.field == "ratings"
+
+
+def test_a_soft_vote_is_the_expectation_of_hard_ones():
+    def loss(*rows):
+        batch = collate(members_of(UNFITTED, rows, margin=1))
+        scores = torch.tensor([[0.8], [-0.3]])
+        return preference_loss(scores, batch, Calibration((0.4,), 1.5, VOTES), 1.0)[1]
+
+    def soft(a, b):
+        return [SoftVote("d", 0, "Q?", "o", text, p) for text, p in (("a", a), ("b", b))]
+
+    def hard(a, b):
+        return [Vote("d", 0, "Q?", "o", text, vote) for text, vote in (("a", a), ("b", b))]
+
+    found = loss(*soft(0.7, 0.2))
+    chance = {1: {1: 0.7, -1: 0.3}, 2: {1: 0.2, -1: 0.8}}
+    expected = {(a, b): chance[1][a] * chance[2][b] for a in (1, -1) for b in (1, -1)}
+    ordinal = sum(p * loss(*hard(*votes))["ordinal"] for votes, p in expected.items())
+    assert found["ordinal"] == pytest.approx(ordinal)
+    told = {votes: p for votes, p in expected.items() if sum(votes) == 0}  # the two ways to tell them apart
+    pairwise = sum(p * loss(*hard(*votes))["pairwise"] for votes, p in told.items()) / sum(told.values())
+    assert found["pairwise"] == pytest.approx(pairwise)
+    assert loss(*soft(1, 0))["ordinal"] == pytest.approx(loss(*hard(1, -1))["ordinal"])
+
+
+def test_soft_votes_beside_votes_teach_and_are_no_measure(tmp_path):
+    taught = [
+        SoftVote(r.deliberation_id, r.member, r.question, r.opinion, r.statement, 0.9 if r.vote > 0 else 0.1)
+        for r in told(Vote, 20)
+    ]
+    model = tiny.make_judge(TOKENIZER)
+    result = fit(
+        config(tmp_path, max_steps=25), [*taught, *told(Vote, 1, 40)], told(Vote, 5, 50), model, TOKENIZER, False
+    )
+    utilities = score_one_by_one(result, "Q?", ["generous"], ["blue hat", "pink hat"]).utilities[0]
+    assert utilities[1] < utilities[0] - 1
+    with pytest.raises(InputError, match="teacher") as error:
+        fit(config(tmp_path), told(Vote, 2), [replace(taught[0], deliberation_id="other")], model, TOKENIZER)
+    assert error.value.field == "eval_ratings"
+    with pytest.raises(InputError, match="two scales"):
+        fit(config(tmp_path), [*taught, *world(2)], world(2, first=50), model, TOKENIZER)
+
+
+def test_a_warm_started_model_keeps_its_scale_also_beside_soft_votes(fitted):
+    votes = [
+        Vote(r.deliberation_id, r.member, r.question, r.opinion, r.statement, 1 if r.agreement > 4 else -1)
+        for r in world(20, seed=5)
+    ]
+    soft = [SoftVote(r.deliberation_id, r.member, r.question, r.opinion, r.statement, 0.5) for r in votes]
+    alone, beside = (train._starting_scale(fitted, rows, VOTES) for rows in (votes, [*votes, *soft]))
+    assert alone == beside and alone.slope > 0.5
+
+
+def test_a_head_whose_scores_hardly_differ_is_not_magnified_without_bound():
+    model = PreferenceModel(tiny.make_judge(TOKENIZER, seed=7), TOKENIZER, START)
+    with torch.no_grad():
+        model.model.score.weight.mul_(1e-4)
+    assert train._starting_scale(model, told(Choice, 4), VOTES).slope == 10
+
+
+def test_a_fit_on_a_cpu_leaves_the_attention_it_found(tmp_path):
+    model, seen = tiny.make_judge(TOKENIZER), set()
+    before = model.config._attn_implementation
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, _: seen.add(model.config._attn_implementation) if module.training else None
+    )
+    fit(config(tmp_path, max_steps=1), told(Vote, 4), told(Vote, 2, 50), model, TOKENIZER, progress=False)
+    assert seen == {"eager"} and model.config._attn_implementation == before != "eager"
 
 
 def test_a_pass_is_no_vote():

@@ -232,6 +232,18 @@ def test_prefix_attention_of_an_encoder_shares_prefixes_and_equals_the_plain_mod
     assert cache.hits == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prefix_attention_masks_the_padding_also_in_eager_attention(dtype):
+    model = encoder("bert")
+    model.attention = "prefix"
+    found = {}
+    for implementation in ("sdpa", "eager"):
+        model.model.set_attn_implementation(implementation)
+        with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+            found[implementation] = score(model, QUESTION, ["short", "word " * 20], STATEMENTS).raw
+    np.testing.assert_allclose(found["eager"], found["sdpa"], atol=1e-5 if dtype is torch.float32 else 2e-2, rtol=0)
+
+
 def test_prefix_attention_is_refused_where_no_cls_is_pooled():
     model = encoder("roberta")
     model.attention = "prefix"
