@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import statistics
 import time
 import urllib.request
 import warnings
@@ -27,6 +26,7 @@ from deliberation.prompts import clean_statement, statement_prompt
 from deliberation.questions import load_questions, read_questions
 from deliberation.types import InputError, Rating
 from embedded.disguise import rephrased
+from evaluation.citizen_ratings import first_candidates, good_statements, rated, shown_twice
 
 CONFIGS = Path(__file__).parent / "configs" / "embedded"
 IN_OTHER_WORDS = 0.5
@@ -146,53 +146,6 @@ def sample_candidates(path: str, groups: Sequence[Group], n: int, seed: int, tit
     return found
 
 
-def rated(groups: Sequence[Group], candidates: Sequence[list[str]], prefix: str, seed: int) -> list[Rating]:
-    """Every citizen's noisy ratings of their group's candidates."""
-    from evaluation.gold import noisy_ratings
-
-    found = []
-    for k, (group, texts) in enumerate(zip(groups, candidates, strict=True)):
-        found += noisy_ratings(group, f"{prefix}-{k}", texts, f"demo {prefix} {seed} {k}")
-    return found
-
-
-def shown_twice(groups: Sequence[Group], ratings: Sequence[Rating], seed: int) -> list[Rating]:
-    """The first rating of every statement by every citizen of a group, and a second one: it tells noise from mind."""
-    from evaluation.gold import noisy_ratings
-
-    first: dict[tuple[str, int, str], Rating] = {}
-    texts: dict[str, list[str]] = {}
-    for r in ratings:
-        first.setdefault((r.deliberation_id, r.member, r.statement), r)
-        if r.statement not in texts.setdefault(r.deliberation_id, []):
-            texts[r.deliberation_id].append(r.statement)
-    second = []
-    for name, statements in texts.items():
-        second += noisy_ratings(groups[int(name.rpartition("-")[2])], name, statements, f"demo again {seed} {name}")
-    return [*first.values(), *second]
-
-
-def good_statements(groups: Sequence[Group], ratings: Sequence[Rating], at_least: float) -> list[dict[str, Any]]:
-    """The distinct statements whose mean quality rating is at least ``at_least``, as SFT rows."""
-    qualities: dict[tuple[str, str], list[int]] = {}
-    for r in ratings:
-        qualities.setdefault((r.deliberation_id, r.statement), []).append(r.quality)
-    rows = []
-    for (name, statement), given in qualities.items():
-        group = groups[int(name.rpartition("-")[2])]
-        if statistics.mean(given) >= at_least:
-            opinions = [c.opinion for c in group.citizens]
-            rows.append(
-                {
-                    "question": group.question.text,
-                    "opinions": opinions,
-                    "statement": statement,
-                    "topic": group.question.topic,
-                }
-            )
-    return rows
-
-
 def write_deliberations(path: Path, groups: Sequence[Group], in_other_words: float = 0.0) -> None:
     """Groups as the rows PPO reads, a share of them in phrases and sentences that the citizens do not use."""
     rng, rows = Random(path.stem), []
@@ -299,7 +252,7 @@ def _rate_candidates(
         half, few = config.candidates // 2, groups[: config.preference_groups]
         texts = sample_candidates(str(out / "sft"), few, config.candidates - half, config.seed + 1, "SFT candidates")
         fresh = rated(few, texts, "base", config.seed + 1)
-        ratings = shown_twice(few, [*_first_candidates(base, half, len(few)), *fresh], config.seed)
+        ratings = shown_twice(few, [*first_candidates(base, half, len(few)), *fresh], config.seed)
         write_jsonl(data / "ratings.jsonl", [asdict(r) for r in ratings])
         held_out = _calibration_ratings(config, str(out / "sft"))
         write_jsonl(data / "eval_ratings.jsonl", [asdict(r) for r in held_out])
@@ -316,18 +269,6 @@ def _calibration_ratings(config: DemoConfig, policy: str) -> list[Rating]:
         )
         ratings += rated(groups, texts, "held-out", config.seed + 2 + k)
     return shown_twice(groups, ratings, config.seed + 1)
-
-
-def _first_candidates(ratings: Sequence[Rating], count: int, groups: int) -> list[Rating]:
-    """The ratings of each group's first ``count`` distinct statements, for the first ``groups`` groups."""
-    kept, seen = [], {}  # type: list[Rating], dict[str, list[str]]
-    for r in ratings:
-        texts = seen.setdefault(r.deliberation_id, [])
-        if r.statement not in texts and len(texts) < count:
-            texts.append(r.statement)
-        if r.statement in texts and int(r.deliberation_id.rpartition("-")[2]) < groups:
-            kept.append(r)
-    return kept
 
 
 def _preference(stages: Stages, config: DemoConfig, out: Path, data: Path, log: Path) -> None:
