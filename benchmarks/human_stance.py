@@ -10,22 +10,19 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
-from deliberation.datasets import read_table
+from benchmarks.human_people import Row, read
 
-GROUPS = 170
-MEMBERS = 8
+GROUPS, MEMBERS = 170, 8
+"""Groups, and members of each."""
 QUESTIONS = 5
 """Debate questions of one topic that a group's members hold stances on."""
-
-Row = dict[str, Any]
 
 
 def stance_rows(folder: Path, rng: random.Random) -> list[Row]:
     """Members who state their side on some questions of a topic, and vote on both sides of those."""
     topics: dict[int, list[Row]] = defaultdict(list)
-    for r in read_table(folder / "questions.jsonl", ("affirming_statement", "negating_statement", "topic", "split")):
+    for r in read(folder, "questions.jsonl", ("affirming_statement", "negating_statement", "topic", "split")):
         if r["split"] == "train":
             topics[r["topic"]].append(r)
     large = sorted(topic for topic, questions in topics.items() if len(questions) > QUESTIONS)

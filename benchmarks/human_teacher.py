@@ -1,4 +1,4 @@
-"""Teachers of the human benchmark: what training people would say of statements they were not shown.
+"""Teachers of the human benchmark: how likely training people are to agree, with what they voted on and what not.
 
 One vote is a coin toss around what a person thinks, and a person votes on few statements. Two teachers, fitted to the
 votes of training people alone, say how likely each of them is to agree with any statement of their conversation; the
@@ -24,7 +24,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Factorisation:
-    """Settings chosen by hiding a fifth of the training people's own votes (AUC on those .888).
+    """Settings chosen by hiding a fifth of training people's own votes.
 
     ``ridge`` is the precision of the normal prior on factors, ``bias_ridge`` that on the biases.
     """
@@ -70,7 +70,10 @@ def factorise(
 
 @dataclass(frozen=True)
 class Reader:
-    """Settings of the MLP teacher: the mean logit of ``fits`` networks."""
+    """Settings of the MLP teacher: the mean logit of ``fits`` networks.
+
+    Chosen among a few with the public validation splits in view, as those of the anchor were.
+    """
 
     hidden: int = 64
     dropout: float = 0.5
@@ -120,7 +123,7 @@ class Networks(nn.Module):
         return torch.cat([fit(features) for fit in self.fits], dim=-1)
 
 
-def read(answers: Answers, settings: Reader, seed: int) -> Networks:
+def fit_reader(answers: Answers, settings: Reader, seed: int) -> Networks:
     """Networks fitted to votes (cross-entropy) and choices (Bradley-Terry), in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

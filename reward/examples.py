@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Member:
         labels: for each statement its rating's place on the scale, from 1; 0 where it has none (ranked, or chosen);
             between two places where a teacher says how likely either is.
         pairs: statements the member told apart.
+        soft: (statement, P(agree)) of what a teacher said.
         weights: one a head of the ensemble, mean 1 over members (Bayesian bootstrap, Rubin 1981).
     """
 
@@ -40,17 +41,18 @@ class Member:
     labels: list[float]
     pairs: Pairs
     weights: list[float]
+    soft: list[tuple[int, float]] = field(default_factory=list)
 
 
 def scale_of(responses: Sequence[Response]) -> tuple[int, ...]:
     """The values people answered with: ``RATINGS``, or ``VOTES`` (also where there are ranks or choices alone).
 
     Raises:
-        InputError: field ``ratings``, if there are both.
+        InputError: field ``ratings``, if there are ratings beside votes or soft votes.
     """
     kinds = {type(r) for r in responses}
     if Rating in kinds and kinds & {Vote, SoftVote}:
-        raise InputError("ratings", "ratings and votes", "are on two scales; fit to one of them")
+        raise InputError("ratings", "ratings beside votes or soft votes", "are on two scales; fit to one of them")
     return RATINGS if Rating in kinds else VOTES
 
 
@@ -95,6 +97,7 @@ def _member(
     # 2. What was said of it
     labels, pairs = [0.0] * len(place), []  # type: list[float], Pairs
     worth: dict[type, list[tuple[int, int]]] = {Rating: [], Vote: [], Rank: []}
+    soft = [(place[r.statement], float(r.p_agree)) for r in responses if isinstance(r, SoftVote)]
     for r in responses:
         if isinstance(r, Choice):
             pairs.append((place[r.chosen], place[r.rejected]))
@@ -104,28 +107,31 @@ def _member(
         elif isinstance(r, Vote) and r.vote:  # a pass says nothing
             labels[place[r.statement]] = 1 + (r.vote > 0)
             worth[Vote].append((place[r.statement], r.vote))
-        elif isinstance(r, SoftVote):
-            labels[place[r.statement]] = 1 + r.p_agree
         elif isinstance(r, Rank):
             worth[Rank].append((place[r.statement], -r.rank))
+    for k, p in soft:
+        if labels[k]:
+            where = f"deliberation {responses[0].deliberation_id!r}, member {responses[0].member}: {list(place)[k]!r}"
+            raise InputError("statement", where, "has a soft vote beside another answer; leave one of them out")
+        labels[k] = 1 + p
     # 3. What was told apart
     for kind, least in ((Rating, margin), (Vote, 1), (Rank, 1)):
         rows = worth[kind]
         told = [(rows[i][0], rows[j][0]) for i, j in pairs_of([value for _, value in rows], least)]
         pairs += [(i, j) for i, j in told if i != j]  # a text that was met twice
     prefix = model.prefix_ids(responses[0].question, responses[0].opinion)
-    return Member(deliberation, prefix, [model.suffix_ids(text) for text in place], labels, pairs, weights)
+    return Member(deliberation, prefix, [model.suffix_ids(text) for text in place], labels, pairs, weights, soft)
 
 
 def soft_pairs(member: Member) -> list[tuple[int, int, float]]:
-    """(Preferred, other, weight) of the statements a teacher spoke of: how often two votes would tell them apart so.
+    """(Preferred, other, weight) of the statements a teacher spoke of; none where no two votes could differ.
 
-    Bradley-Terry's loss on them is its expectation over independent votes. Weights add up to 1.
+    The weight is the chance that two independent votes tell the statements apart in this way, as a share of all the
+    member's pairs: Bradley-Terry's loss on them is its mean over such votes. Weights add up to 1.
     """
-    soft = [(j, label - 1) for j, label in enumerate(member.labels) if label % 1]
-    found = [(i, j, p * (1 - q)) for i, p in soft for j, q in soft if i != j]
+    found = [(i, j, p * (1 - q)) for i, p in member.soft for j, q in member.soft if i != j]
     total = sum(weight for _, _, weight in found)
-    return [(i, j, weight / total) for i, j, weight in found]
+    return [(i, j, weight / total) for i, j, weight in found if weight]
 
 
 def pairs_of(values: Sequence[int], margin: int) -> Pairs:

@@ -53,7 +53,7 @@ def calibrated(
         held_out: one showing of every statement; ratings and votes tell the level, ranks and choices do not.
         second: second ratings of some of them.
         values: the scale of the responses, see ``Calibration``.
-        leveled: whether the fit had ratings or votes, so that its own scale tells a level.
+        leveled: whether the fit had ratings, votes or soft votes, so that its own scale tells a level.
         trained_topics, min_kappa: for the measures.
     """
     rated = [r for r in held_out if isinstance(r, Rating) or (isinstance(r, Vote) and r.vote)]

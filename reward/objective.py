@@ -7,6 +7,9 @@ Stiennon et al. 2020):
     - between_weight * mean over pairs of members (a, b) of   log sigmoid(slope (s_a - s_b))     the same, between
     - ordinal_weight * mean over a member's ratings of        log P(r | s)                       cumulative logit
 
+and, where a teacher spoke for the member, both terms' means over votes drawn from what it said (``SoftVote``): one more
+pairwise mean, and its statements among the ratings.
+
 *Within* orders one member's statements. *Between* orders the members of a deliberation on one statement, so that what
 it tells cannot come from the statement alone, only from whose opinion is read. *Ordinal* puts all on one scale.
 """
@@ -33,7 +36,8 @@ def preference_loss(
         start: the fixed scale the scores move on.
 
     Returns:
-        The loss, and ``pairwise`` and ``ordinal`` of it, and ``accuracy`` on the pairs, by their weights (absent without a pair).
+        The loss, and ``pairwise`` and ``ordinal`` of it, and ``accuracy`` on the pairs by their weights (absent without
+        a pair; on soft pairs the best there is lies below 1, as votes at random would differ from the teacher).
     """
     difference = scores[batch["pairs"][:, 0]] - scores[batch["pairs"][:, 1]]
     pairwise = -(batch["pair_weights"] * F.logsigmoid(start.slope * difference)).sum()

@@ -22,7 +22,7 @@ class PreferenceConfig(TrainingArguments):
         default="embedded/judge", metadata={"help": "Sequence classifier or language model to start from."}
     )
     ratings: list[str] | None = field(
-        default=None, metadata={"help": "Ratings, votes, ranks or choices to fit: JSONL or Parquet files."}
+        default=None, metadata={"help": "Ratings, votes, soft votes, ranks or choices to fit: JSONL or Parquet files."}
     )
     eval_ratings: list[str] | None = field(
         default=None, metadata={"help": "Held-out ones for calibration and measures. Default: a part of `ratings`."}

@@ -181,22 +181,27 @@ def _read_opening(
 
 
 def _encoder_mask(backbone: Any, seen: Tensor, queries: int) -> Tensor:
-    """Keys that every query of a row sees, bool [rows, keys] -> [rows, 1, queries, keys] for the model's attention.
+    """Keys that every query of a row sees, bool [rows, keys], as a mask [rows, 1, queries, keys]."""
+    return attention_mask(backbone, seen[:, None, None, :].expand(-1, 1, queries, -1))
+
+
+def attention_mask(model: Any, seen: Tensor) -> Tensor:
+    """What may be seen, bool [rows, 1, queries, keys], as the model's attention takes it.
 
     Eager attention adds the mask to its logits, whatever its type: true and false would be 1 and 0.
     """
-    seen = seen[:, None, None, :].expand(-1, 1, queries, -1)
-    if backbone.config._attn_implementation != "eager":
+    if model.config._attn_implementation != "eager":
         return seen
     kind = seen.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else backbone.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def prefix_attention(prefix_length: int, length: int) -> Tensor:
     """What each token of [CLS] + prefix + statement sees in an encoder with prefix attention, bool [1, 1, n, n].
 
-    For ``attention_mask`` of the plain model: [CLS] and the statement see everything, the prefix sees itself.
+    For ``attention_mask`` of the plain model (through :func:`attention_mask`, where its attention is eager): [CLS] and
+    the statement see everything, the prefix sees itself.
     """
     sees = torch.ones(length, length, dtype=torch.bool)
     sees[1:prefix_length, 0] = False

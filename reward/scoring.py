@@ -21,7 +21,7 @@ from deliberation.types import InputError
 from reward.heads import apply_head, encoder_features, head_of, is_encoder
 from reward.preference import PreferenceModel
 from reward.prefix_cache import PrefixCache
-from reward.prefixes import mask, pad, prefix_attention, shared_states, suffix_features
+from reward.prefixes import attention_mask, mask, pad, prefix_attention, shared_states, suffix_features
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 """Tokens (rows x padded length, prefix included) in one forward pass: what was fastest (a CPU likes what fits its
@@ -126,7 +126,8 @@ def score_one_by_one(
             if preference_model.reads_types:
                 extra["token_type_ids"] = token_types([len(prefix)], ids.shape[1], model.device)
             if is_encoder(model) and preference_model.shares_prefixes:
-                extra["attention_mask"] = prefix_attention(len(prefix), ids.shape[1]).to(model.device)
+                seen = prefix_attention(len(prefix), ids.shape[1]).to(model.device)
+                extra["attention_mask"] = attention_mask(model, seen)
             raw[i, j] = float(model(ids, **extra).logits[0, 0])
     return Scores(raw, preference_model.calibration.utilities(raw).astype(np.float32))
 

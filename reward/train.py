@@ -1,7 +1,8 @@
 """Fits the preference model to what people said of statements, calibrates it, and measures it.
 
-Ratings (1 to 7), votes, rankings and choices between two statements; the loss is in ``objective``. The heads of an
-ensemble share the backbone, and each sees the members with weights of its own; the saved head is their mean.
+Ratings (1 to 7), votes, a teacher's soft votes, rankings and choices between two statements; the loss is in
+``objective``. The heads of an ensemble share the backbone, and each sees the members with weights of its own; the saved
+head is their mean.
 """
 
 from __future__ import annotations
@@ -31,7 +32,16 @@ from deliberation.datasets import read_responses
 from deliberation.types import Choice, InputError, Rating, Response, SoftVote, Vote, is_hub_name
 from embedded import resolve
 from reward.calibration import RATINGS, Calibration
-from reward.examples import Collator, DeliberationSampler, LengthSampler, Member, members_of, rows_of_members, scale_of
+from reward.examples import (
+    Collator,
+    DeliberationSampler,
+    LengthSampler,
+    Member,
+    members_of,
+    rows_of_members,
+    scale_of,
+    soft_pairs,
+)
 from reward.heads import apply_head, encoder_features, head_of, set_head
 from reward.held_out import calibrated, hold_out, texts_of
 from reward.measures import answer_of
@@ -92,8 +102,9 @@ def fit(
     _check_lengths(unfitted, [*first, *held_out])
     unfitted.calibration = _starting_scale(unfitted, _sample(first, config.seed), values)
     members = members_of(unfitted, first, config.margin, config.heads, config.seed)
-    if not any(m.pairs for m in members):
-        raise InputError("ratings", len(first), f"no member's ratings differ by {config.margin} or more")
+    if not any(m.pairs or soft_pairs(m) for m in members):
+        apart = f"differ by {config.margin} or more" if values == RATINGS else "differ"
+        raise InputError("ratings", len(first), f"no two answers of a member {apart}; give some that do")
     # 3. Fit
     _spread_heads(model, config.heads)
     arguments = copy.copy(config)
@@ -117,13 +128,15 @@ def fit(
 def main(config: PreferenceConfig) -> PreferenceModel:
     """``consensus preference``: read what people said, fit, save the preference model in ``output_dir``."""
     if config.ratings is None:
-        raise InputError("ratings", None, "give a JSONL or Parquet file of ratings, votes, ranks or choices")
+        raise InputError("ratings", None, "give JSONL or Parquet files of ratings, votes, soft votes, ranks or choices")
     if config.output_dir is None:
         raise InputError("output_dir", None, "give the folder to write the preference model to")
     config.model_name_or_path = resolve(config.model_name_or_path)
     ratings = [r for path in config.ratings for r in read_responses(path)]
     if config.eval_ratings is not None:
         held_out = [r for path in config.eval_ratings for r in read_responses(path)]
+    elif any(isinstance(r, SoftVote) for r in ratings):
+        raise InputError("eval_ratings", None, "give a file of what people said; soft votes cannot be held out for it")
     else:
         ratings, held_out = hold_out(ratings, config.eval_share, config.seed)
     result = fit(config, ratings, held_out)
@@ -152,6 +165,9 @@ def _check(
     if any(isinstance(r, SoftVote) for r in eval_ratings):
         mend = "are a teacher's, not people's; give files of what people said as eval_ratings"
         raise InputError("eval_ratings", "soft votes", mend)
+    if config.between_weight and any(isinstance(r, SoftVote) for r in ratings):
+        mend = "must be 0 beside soft votes: it makes no pairs of them"
+        raise InputError("between_weight", config.between_weight, mend)
     if any(isinstance(r, Rating) for r in ratings) and not any(isinstance(r, Rating) for r in eval_ratings):
         raise InputError("eval_ratings", len(eval_ratings), "has no rating; hold some out to calibrate on")
 
@@ -263,9 +279,9 @@ def _trainable(model: PreTrainedModel, config: PreferenceConfig) -> nn.Module:
 def _starting_scale(model: PreferenceModel, responses: Sequence[Response], values: tuple[int, ...]) -> Calibration:
     """Cut-points and slope of the loss, fixed during training; the scores move to fit them.
 
-    A model whose scores already tell ratings apart keeps its scale. Any other gets one where the standard deviation
-    of its scores is worth one logit, so that the loss does not depend on how a new head was initialised; less, where
-    the scores hardly differ, or every step of training would be magnified with them.
+    A model whose scores already tell ratings apart, by more than noise would, keeps its scale. Any other gets one where
+    the standard deviation of its scores is worth one logit, so that the loss does not depend on how a new head was
+    initialised; less, where the scores hardly differ, or every step of training would be magnified with them.
     """
     rated = [r for r in responses if isinstance(r, Rating) or (isinstance(r, Vote) and r.vote)]
     scores = score_ratings(model, texts_of(rated or responses)).astype(np.float64)
@@ -275,7 +291,7 @@ def _starting_scale(model: PreferenceModel, responses: Sequence[Response], value
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # scores that tell nothing are expected here, and handled below
             fitted = Calibration.fit(scores, seen, values)
-        if fitted.slope * spread >= 0.5:
+        if fitted.slope * spread >= max(0.5, 5 / len(seen) ** 0.5):
             return fitted
     spread = max(spread, 1 / _STEEPEST)
     level = Calibration.of_ratings(seen or list(values), values).cut_points

@@ -142,10 +142,42 @@ def test_a_profile_leaves_half_of_what_was_agreed_with():
         assert all(votes[s] > 0 for s in profile[1:]) and len(set(profile)) == len(profile)
 
 
-def test_nobody_gets_a_soft_vote_on_what_they_voted_on_in_a_dialogue(folder):
+def test_a_soft_vote_in_a_dialogue_is_on_what_was_neither_said_nor_shown(folder):
+    profiles = pq.read_table(folder / "remesh_profiles.parquet").to_pylist()
+    profiles[1]["opinion_text"] = "remesh-0 says 3"  # in train, and its person's own words are a statement
+    pq.write_table(pa.Table.from_pylist(profiles), folder / "remesh_profiles.parquet")
+    targets = pq.read_table(folder / "remesh_targets.parquet").to_pylist()
+    few = [r for k, r in enumerate(targets) if k % STATEMENTS < 4 or r["participant_id"].endswith("p2")]
+    pq.write_table(pa.Table.from_pylist(few), folder / "remesh_targets.parquet")
     votes, _, soft = dialogue_rows(folder, Settings(repeats=1, unseen=STATEMENTS), encode)
     said = {(r["opinion"], r["statement"]) for r in votes}
-    assert said and said.isdisjoint((r["opinion"], r["statement"]) for r in soft)
+    found = {(r["opinion"], r["statement"]) for r in soft}
+    assert said and found and said.isdisjoint(found)
+    assert ("remesh-0 says 3", "remesh-0 says 3") not in found
+    shown = ("says 1", "says 2")  # in the choices of everybody, also of those who could not tell
+    assert not any(statement.endswith(shown) for _, statement in found)
+
+
+def test_nothing_that_people_outside_training_said_reaches_what_is_trained_on(folder):
+    """Their votes and choices turned round, and every table is the same but the calibration."""
+
+    def tables():
+        return polis_votes(folder, Settings(draws=1)), dialogue_rows(folder, Settings(repeats=1), encode)
+
+    before = tables()
+    for name in ("polis_votes", "polis_targets", "remesh_targets", "remesh_votes", "remesh_preferences"):
+        rows = pq.read_table(folder / f"{name}.parquet").to_pylist()
+        for r in rows:
+            if r["split"] != "train" or held_out(r.get("participant_id") or r["profile_id"].rstrip("#")):
+                r.update({"vote": -r["vote"], "label": 1 - r["label"]} if "vote" in r else {})
+                r.update({"choice": {"a": "b", "b": "a"}.get(r["choice"], "a")} if "choice" in r else {})
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    assert tables() == before
+    rows = pq.read_table(folder / "polis_votes.parquet").to_pylist()
+    for r in rows:
+        r["vote"] = -r["vote"]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "polis_votes.parquet")
+    assert tables()[0] != before[0]
 
 
 def test_among_stances_no_statement_is_popular(folder):

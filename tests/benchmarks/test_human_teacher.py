@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks.human_teacher import Answers, Factorisation, Reader, factorise, p_agree, read
+from benchmarks.human_teacher import Answers, Factorisation, Reader, factorise, fit_reader, p_agree
 
 
 def test_a_factorisation_tells_hidden_votes_of_two_camps_from_the_seen_ones():
@@ -45,7 +45,7 @@ def test_the_reader_learns_nearness_from_votes_and_from_choices():
     votes = Answers(texts, pairs, (near > 0).float(), nothing)
     choices = Answers(texts, pairs[:1], torch.ones(1), torch.cat([pairs[:, :1], ordered], dim=1))
     for answers, epochs in ((votes, 30), (choices, 200)):
-        networks = read(answers, Reader(epochs=epochs, dropout=0.0, learning_rate=3e-3, fits=2), seed=0)
+        networks = fit_reader(answers, Reader(epochs=epochs, dropout=0.0, learning_rate=3e-3, fits=2), seed=0)
         opinion, rest = texts[7], texts[100:]
         found, truth = p_agree(networks, opinion, rest), (rest @ opinion).numpy()
         assert ((found >= 0) & (found <= 1)).all()

@@ -315,7 +315,7 @@ def test_choices_beside_votes_are_fitted_and_ratings_beside_votes_are_refused(tm
     assert error.value.field == "ratings"
 
 
-def test_a_soft_vote_is_the_expectation_of_hard_ones():
+def test_soft_votes_are_the_mean_over_hard_ones_and_their_pairs_over_those_told_apart():
     def loss(*rows):
         batch = collate(members_of(UNFITTED, rows, margin=1))
         scores = torch.tensor([[0.8], [-0.3]])
@@ -335,7 +335,8 @@ def test_a_soft_vote_is_the_expectation_of_hard_ones():
     told = {votes: p for votes, p in expected.items() if sum(votes) == 0}  # the two ways to tell them apart
     pairwise = sum(p * loss(*hard(*votes))["pairwise"] for votes, p in told.items()) / sum(told.values())
     assert found["pairwise"] == pytest.approx(pairwise)
-    assert loss(*soft(1, 0))["ordinal"] == pytest.approx(loss(*hard(1, -1))["ordinal"])
+    assert loss(*soft(1, 0)) == pytest.approx(loss(*hard(1, -1)))
+    assert loss(*soft(1, 1))["pairwise"] == 0 and "accuracy" not in loss(*soft(1, 1))
 
 
 def test_soft_votes_beside_votes_teach_and_are_no_measure(tmp_path):
@@ -343,17 +344,36 @@ def test_soft_votes_beside_votes_teach_and_are_no_measure(tmp_path):
         SoftVote(r.deliberation_id, r.member, r.question, r.opinion, r.statement, 0.9 if r.vote > 0 else 0.1)
         for r in told(Vote, 20)
     ]
-    model = tiny.make_judge(TOKENIZER)
-    result = fit(
-        config(tmp_path, max_steps=25), [*taught, *told(Vote, 1, 40)], told(Vote, 5, 50), model, TOKENIZER, False
-    )
-    utilities = score_one_by_one(result, "Q?", ["generous"], ["blue hat", "pink hat"]).utilities[0]
-    assert utilities[1] < utilities[0] - 1
+    for ordinal_weight in (0.0, 1.0):
+        model = tiny.make_judge(TOKENIZER)
+        keys = config(tmp_path, max_steps=25, ordinal_weight=ordinal_weight)
+        result = fit(keys, taught, told(Vote, 5, 50), model, TOKENIZER, progress=False)
+        utilities = score_one_by_one(result, "Q?", ["generous"], ["blue hat", "pink hat"]).utilities[0]
+        assert utilities[1] < utilities[0] - 1
     with pytest.raises(InputError, match="teacher") as error:
         fit(config(tmp_path), told(Vote, 2), [replace(taught[0], deliberation_id="other")], model, TOKENIZER)
     assert error.value.field == "eval_ratings"
     with pytest.raises(InputError, match="two scales"):
         fit(config(tmp_path), [*taught, *world(2)], world(2, first=50), model, TOKENIZER)
+    with pytest.raises(InputError, match="soft votes") as error:
+        fit(config(tmp_path, between_weight=1.0), taught, told(Vote, 5, 50), model, TOKENIZER)
+    assert error.value.field == "between_weight"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_soft_vote_beside_an_answer_on_the_same_statement_is_refused(order):
+    rows = [Vote("d", 3, "Q?", "o", "a statement", 1), SoftVote("d", 3, "Q?", "o", "a statement", 0.2)]
+    with pytest.raises(InputError, match="member 3: 'a statement'"):
+        members_of(UNFITTED, rows[::order], margin=1)
+
+
+def test_soft_votes_without_held_out_answers_are_refused(tmp_path):
+    path = tmp_path / "soft.jsonl"
+    row = {"deliberation_id": "d", "member": 0, "question": "Q?", "opinion": "o", "statement": "s", "p_agree": 0.5}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="soft votes") as error:
+        train.main(config(tmp_path, ratings=[str(path)], output_dir=str(tmp_path / "m")))
+    assert error.value.field == "eval_ratings"
 
 
 def test_a_warm_started_model_keeps_its_scale_also_beside_soft_votes(fitted):
@@ -371,6 +391,10 @@ def test_a_head_whose_scores_hardly_differ_is_not_magnified_without_bound():
     with torch.no_grad():
         model.model.score.weight.mul_(1e-4)
     assert train._starting_scale(model, told(Choice, 4), VOTES).slope == 10
+    rng = np.random.default_rng(0)
+    for count in (3, 12, 50):  # votes at random: what little they seem to say is noise
+        votes = [Vote("d", k, "Q?", f"opinion {k}", f"thing {k}", int(rng.choice((-1, 1)))) for k in range(count)]
+        assert train._starting_scale(model, votes, VOTES).slope == 10
 
 
 def test_a_fit_on_a_cpu_leaves_the_attention_it_found(tmp_path):

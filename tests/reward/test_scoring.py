@@ -241,6 +241,8 @@ def test_prefix_attention_masks_the_padding_also_in_eager_attention(dtype):
         model.model.set_attn_implementation(implementation)
         with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
             found[implementation] = score(model, QUESTION, ["short", "word " * 20], STATEMENTS).raw
+            slow = score_one_by_one(model, QUESTION, ["short", "word " * 20], STATEMENTS).raw
+        np.testing.assert_allclose(slow, found[implementation], atol=1e-5 if dtype is torch.float32 else 2e-2, rtol=0)
     np.testing.assert_allclose(found["eager"], found["sdpa"], atol=1e-5 if dtype is torch.float32 else 2e-2, rtol=0)
 
 
