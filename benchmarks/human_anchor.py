@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
+from benchmarks.human_mlp import pair_features, pair_network
 from benchmarks.human_votes import TRAIN, IntArray, VoteSet
 from deliberation.types import InputError
 
@@ -88,8 +89,7 @@ class Vectors:
 
     def features(self, pairs: Tensor) -> Tensor:
         """(profile, statement) [n, 2] -> [n, 1536]: p, s, p * s, |p - s|."""
-        p, s = self.profiles[pairs[:, 0]], self.statements[pairs[:, 1]]
-        return torch.cat([p, s, p * s, (p - s).abs()], dim=-1)
+        return pair_features(self.profiles[pairs[:, 0]], self.statements[pairs[:, 1]])
 
 
 def vectors_of(data: VoteSet, encoder: Any) -> Vectors:
@@ -139,14 +139,7 @@ def _fit(
     held = np.isin(person, persons[: max(1, round(HELD_OUT * len(persons)))])
     rows, truth = torch.from_numpy(pairs), torch.from_numpy(labels).float()
     fit, check = torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))
-    width = 4 * vectors.statements.shape[1]
-    network = nn.Sequential(
-        nn.Dropout(settings.dropout),
-        nn.Linear(width, settings.hidden),
-        nn.ReLU(),
-        nn.Dropout(settings.dropout),
-        nn.Linear(settings.hidden, 1),
-    )
+    network = pair_network(vectors.statements.shape[1], settings.hidden, settings.dropout)
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     best, waited = (float("inf"), {k: v.clone() for k, v in network.state_dict().items()}), 0
     for _ in range(settings.epochs):

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.human_mlp import pair_features, pair_network
+
 FloatArray = NDArray[np.float64]
 
 
@@ -106,20 +108,11 @@ class Networks(nn.Module):
 
     def __init__(self, width: int, settings: Reader):
         super().__init__()
-        self.fits = nn.ModuleList(
-            nn.Sequential(
-                nn.Dropout(settings.dropout),
-                nn.Linear(4 * width, settings.hidden),
-                nn.ReLU(),
-                nn.Dropout(settings.dropout),
-                nn.Linear(settings.hidden, 1),
-            )
-            for _ in range(settings.fits)
-        )
+        self.fits = nn.ModuleList(pair_network(width, settings.hidden, settings.dropout) for _ in range(settings.fits))
 
     def forward(self, opinions: Tensor, statements: Tensor) -> Tensor:
         """Vectors [n, width] each -> one logit a network, [n, fits]."""
-        features = torch.cat([opinions, statements, opinions * statements, (opinions - statements).abs()], dim=-1)
+        features = pair_features(opinions, statements)
         return torch.cat([fit(features) for fit in self.fits], dim=-1)
 
 
