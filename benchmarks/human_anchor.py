@@ -62,7 +62,7 @@ class SentenceEncoder:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         new = sorted({text for text in texts if text not in self._known}, key=lambda text: (len(text), text))
         starts = range(0, len(new), self.batch)
-        for start in tqdm(starts, desc="sentence vectors", mininterval=5, disable=not new):
+        for start in tqdm(starts, desc="sentence vectors", mininterval=5, disable=len(starts) < 10):
             part = new[start : start + self.batch]
             self._known.update(zip(part, self._vectors(part), strict=True))
         return torch.stack([self._known[text] for text in texts])

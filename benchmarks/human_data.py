@@ -4,9 +4,9 @@
 
 writes ``soft_votes.parquet`` (what teachers say of training people, see ``human_teacher``), ``votes.parquet`` and
 ``choices.parquet`` (of the dialogues), all of training people of the training conversations alone;
-``calibration.parquet`` (some of those people, left out of the others) and ``stances.parquet`` (see ``human_stance``),
-in the formats of ``consensus preference``, and beside the folder ``encoder``: the pretrained model of the extra
-``benchmark``.
+``calibration.parquet`` (some of those people, left out of the others), ``stances.parquet`` (see ``human_stance``) and
+``similar.parquet`` (see ``human_similar``), in the formats of ``consensus preference``, and beside the folder
+``encoder``: the pretrained model of the extra ``benchmark``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks.human_anchor import SentenceEncoder
 from benchmarks.human_dialogues import Encoder, dialogue_rows
 from benchmarks.human_people import Row, Settings, held_out, read, row
 from benchmarks.human_polis import polis_votes
+from benchmarks.human_similar import similar_rows
 from benchmarks.human_stance import stance_rows
 from deliberation.types import InputError
 
@@ -59,6 +60,7 @@ def prepare(folder: Path, output: Path, settings: Settings, encode: Encoder) -> 
         "choices": choices,
         "calibration": calibration_rows(folder),
         "stances": stance_rows(folder, random.Random(settings.seed)),
+        "similar": similar_rows(folder, settings, encode),
     }
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():

@@ -21,6 +21,9 @@ from deliberation.types import InputError
 Encoder = Callable[[Sequence[str]], Tensor]
 """Texts -> unit vectors [texts, width]."""
 
+CHOICES = 5
+"""Most choices of one profile in one group."""
+
 
 @dataclass(frozen=True)
 class Dialogues:
@@ -89,7 +92,7 @@ def dialogue_rows(folder: Path, settings: Settings, encode: Encoder) -> tuple[li
                     opinion = known.profiles[name]["opinion_text"]
                     head = row(f"{place}/{repeat}/{number}", member, known.questions[place], opinion, place)
                     votes += [head | {"statement": text, "vote": vote} for text, vote in known.votes[name]]
-                    few = rng.sample(known.choices[name], min(3, len(known.choices[name])))
+                    few = rng.sample(known.choices[name], min(CHOICES, len(known.choices[name])))
                     choices += [head | {"chosen": chosen, "rejected": rejected} for chosen, rejected in few]
                     new = [text for text in asked[place] if text not in known.shown[name] and text != opinion]
                     new = rng.sample(new, min(settings.unseen, len(new)))

@@ -24,7 +24,7 @@ class Settings:
     shown beside those it was."""
 
     draws: int = 3
-    repeats: int = 4
+    repeats: int = 6
     group: int = 8
     statements: int = 16
     unseen: int = 8

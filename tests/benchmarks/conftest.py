@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 
 SPLITS = {"train": 24, "val_participant": 12, "new_conversation": 12}
 STATEMENTS = 8
+TRAINED_PEOPLE, TRAINED_STATEMENTS = 120, 14
+"""Of each place in the fixture ``folder``."""
 TOPICS = "parks buses schools rivers".split()
 
 
@@ -61,3 +64,79 @@ def _write_set(folder: Path, name: str, splits: dict[str, int], rng: np.random.G
         pq.write_table(pa.Table.from_pylist(content), folder / f"{name}_{table}.parquet")
     file = "polis_conversations.jsonl" if name == "polis" else "remesh_questions.jsonl"
     (folder / file).write_text("".join(json.dumps(row) + "\n" for row in conversations))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Made-up people in the benchmark's schema: two conversations, every third person outside ``train``."""
+    rng = random.Random(0)
+
+    def write(name, rows):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+
+    def lines(name, rows):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    for name, key in (("polis", "conversation_id"), ("remesh", "question_id")):
+        places = [f"{name}-{k}" for k in range(2)]
+        people = [
+            (f"{place}/p{i}", place, "train" if i % 3 else "val") for place in places for i in range(TRAINED_PEOPLE)
+        ]
+        statements = [
+            {
+                "statement_id": f"{place}/s{k}",
+                "question_id": place,
+                "text": f"{place} says {k}",
+                "author_id": f"{place}/p{k}",
+                "moderated": 0 if k else -1,
+            }
+            for place in places
+            for k in range(TRAINED_STATEMENTS)
+        ]
+        table = {"polis": "conversations", "remesh": "questions"}[name]
+        lines(f"{name}_{table}", [{key: place, "question": f"{place}?"} for place in places])
+        write(f"{name}_statements", statements)
+        profiles = [
+            {
+                "profile_id": f"{who}#",
+                "conversation_id": place,
+                "participant_id": who,
+                "split": split,
+                "opinion_text": f"{who} thinks",
+            }
+            for who, place, split in people
+        ]
+        votes = [
+            {
+                "participant_id": who,
+                "conversation_id": place,
+                "statement_id": f"{place}/s{k}",
+                "vote": rng.choice((1, 1, -1, 0)),
+                "profile_id": f"{who}#",
+                "label": rng.randint(0, 1),
+                "split": split,
+            }
+            for who, place, split in people
+            for k in range(TRAINED_STATEMENTS)
+        ]
+        write(f"{name}_profiles", profiles)
+        write(f"{name}_targets", votes)
+        write(f"{name}_votes", votes)
+        write(f"{name}_participants", [{"participant_id": who, "split": split} for who, _, split in people])
+        choices = [
+            {
+                "profile_id": f"{who}#",
+                "statement_a": f"{place}/s1",
+                "statement_b": f"{place}/s2",
+                "choice": rng.choice(("a", "b", "unsure")),
+                "split": split,
+            }
+            for who, place, split in people
+        ]
+        write(f"{name}_preferences", choices)
+    sides = [
+        {"affirming_statement": f"yes {k}", "negating_statement": f"no {k}", "topic": 1, "split": "train"}
+        for k in range(8)
+    ]
+    lines("questions", [*sides, {**sides[0], "affirming_statement": "held out", "split": "val_question"}])
+    return tmp_path
