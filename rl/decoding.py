@@ -28,11 +28,12 @@ class Stream:
     samples: list[int]
     uniforms: Tensor  # [samples, max_new_tokens] float64 in [0, 1)
     ids: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
     running: list[int] = field(default_factory=list)  # positions in `samples` still being extended
     has_text: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.ids = [[] for _ in self.samples]
+        self.ids, self.logprobs = [[] for _ in self.samples], [[] for _ in self.samples]
         self.running = list(range(len(self.samples)))
         self.has_text = [False for _ in self.samples]
 

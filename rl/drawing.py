@@ -44,19 +44,20 @@ def _lowest_kept(descending: Tensor, top_p: float, whole: bool = False) -> Tenso
     return lowest if whole else lowest.masked_fill(short > last, torch.nan)
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """Tokens by inverse cumulative distribution.
+def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Tokens by inverse cumulative distribution, and the log-probabilities they were drawn with.
 
     Args:
         logits: [rows, vocabulary].
         uniform: [rows] float64 in [0, 1).
 
     Returns:
-        [rows] token ids; a token of probability 0 is never drawn.
+        [rows] token ids (a token of probability 0 is never drawn) and [rows] their log-probabilities, float64.
     """
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1.0:
         probabilities = nucleus(probabilities, top_p)
     cumulative = probabilities.double().cumsum(-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    mass = cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True).clamp_max(logits.shape[-1] - 1)
+    return tokens.squeeze(-1), (probabilities.gather(-1, tokens) / mass).log().squeeze(-1)

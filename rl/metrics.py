@@ -35,6 +35,20 @@ def reward_metrics(rollout: Rollout, names: list[str], num_generations: int, cli
     return out
 
 
+def best_of_metrics(rollout: Rollout, num_generations: int, n: int) -> dict[str, float]:
+    """``reward/best_of_n``: what the best of n samples of a prompt would score, from the scores that are optimised.
+
+    Over the prompts with a reward for every completion; absent if there is none, or if n is 1.
+    """
+    whole = rollout.scored.view(-1, num_generations).all(dim=1)
+    if n == 1 or not bool(whole.any()):
+        return {}
+    ascending = rollout.scores.view(-1, num_generations)[whole].sort(dim=1).values
+    return {
+        "reward/best_of_n": float((ascending * ppo.best_of_chances(n, num_generations).to(ascending)).sum(1).mean())
+    }
+
+
 def length_metrics(rollout: Rollout) -> dict[str, float]:
     """``completions/*``: lengths in action tokens; ``clipped_ratio`` is the share that never stopped."""
     lengths = rollout.lengths.float()
@@ -51,6 +65,13 @@ def _summary(x: Tensor) -> dict[str, Tensor]:
     return {"mean": x.mean(), "min": x.min(), "max": x.max()}
 
 
+def sampling_metrics(rollout: Rollout) -> dict[str, float]:
+    """``sampling/sampling_logp_difference``: how far sampler and trainer differ on the sampled tokens, in nats."""
+    drawn = torch.tensor([x for row in rollout.drawn_logprobs for x in row], device=rollout.mask.device)
+    difference = (drawn - rollout.old_logprobs[rollout.mask]).abs()
+    return {f"sampling/sampling_logp_difference/{k}": float(_summary(difference)[k]) for k in ("mean", "max")}
+
+
 def objective_metrics(rollout: Rollout, beta: float) -> dict[str, float]:
     """What is optimised. ``kl`` in nats a completion (mean k1), ``entropy`` in nats a token."""
     k1, k3 = rollout.kl()
@@ -62,6 +83,7 @@ def objective_metrics(rollout: Rollout, beta: float) -> dict[str, float]:
         "kl/k3": float(k3.mean()),
         "entropy": entropy,
         "objective/kl": kl,
+        "objective/beta": beta,
         "objective/entropy": float((rollout.entropy * rollout.mask).sum(1).mean()),
         "objective/non_score_reward": -beta * kl,
         "objective/scores": scores,

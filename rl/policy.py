@@ -130,8 +130,11 @@ def load_from_keys(config: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     )
 
 
-def check_model_keys(config: Any) -> None:
+def check_model_keys(config: Any, also_resumes: tuple[str, ...] = ()) -> None:
     """Refuse keys that cannot be carried out; one LoRA target module is a name, not a regex.
+
+    Args:
+        also_resumes: values of ``resume_from_checkpoint`` that are no folders.
 
     ``ModelConfig`` turns a list of one module into a string, which PEFT reads as a pattern for whole paths.
 
@@ -144,7 +147,7 @@ def check_model_keys(config: Any) -> None:
     if isinstance(config.lora_target_modules, str) and config.lora_target_modules.isidentifier():
         config.lora_target_modules = [config.lora_target_modules]
     checkpoint = config.resume_from_checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_dir():
+    if checkpoint not in (None, *also_resumes) and not Path(checkpoint).is_dir():
         raise InputError("resume_from_checkpoint", checkpoint, "no such folder; give one like runs/NAME/checkpoint-100")
 
 

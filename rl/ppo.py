@@ -14,6 +14,7 @@ https://arxiv.org/abs/1909.08593; which details matter, "The N implementation de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -77,6 +78,52 @@ def leave_one_out(scores: Tensor, scored: Tensor, num_generations: int) -> Tenso
     others = counted.sum(1, keepdim=True) - 1
     mean = (known.sum(1, keepdim=True) - known) / others.clamp(min=1)
     return torch.where(counted & (others > 0), known - mean, 0.0).view(-1)
+
+
+def best_of_n(scores: Tensor, scored: Tensor, num_generations: int, n: int) -> Tensor:
+    """What each completion ``[B]`` adds to the best of ``n`` samples of its prompt: ``n E[(score - M)^+]``.
+
+    M is the best of n - 1 of the prompt's other scored completions; with these as scores, the policy gradient is that
+    of E[best of n] in place of the mean (the part of M that cannot be beaten is a baseline: it does not depend on the
+    completion). Drawn without replacement where there are n - 1 others: then unbiased (Walder and Karkhanis 2025,
+    https://arxiv.org/abs/2505.15201; inference-aware fine-tuning: Chow et al. 2024, https://arxiv.org/abs/2412.15287).
+    With replacement where there are fewer, which bends M towards them. n = 1: the scores as they are.
+
+    Rows are grouped by prompt, ``num_generations`` in a row; ``scored`` is bool ``[B]``. A row that is not scored, or
+    has no other scored one beside it, gets 0.
+    """
+    if n == 1:
+        return scores
+    out = torch.zeros_like(scores)
+    for group in torch.arange(len(scores), device=scores.device).view(-1, num_generations):
+        known = group[scored[group]]
+        if len(known) < 2:
+            continue
+        chances = best_of_chances(n - 1, len(known) - 1).to(scores)
+        for k, row in enumerate(known):
+            others = scores[torch.cat([known[:k], known[k + 1 :]])].sort().values
+            out[row] = n * (chances * (scores[row] - others).clamp(min=0)).sum()
+    return out
+
+
+def best_of_chances(k: int, count: int) -> Tensor:
+    """float64 ``[count]``: the chance that the best of k draws is the i-th of ``count`` in ascending order."""
+    if k <= count:  # without replacement: k - 1 of the i lower ones beside it
+        return torch.tensor([math.comb(i, k - 1) / math.comb(count, k) for i in range(count)], dtype=torch.float64)
+    return ((torch.arange(count + 1, dtype=torch.float64) / count) ** k).diff()
+
+
+def adapted_beta(beta: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """The next coefficient of the KL penalty (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2).
+
+    Args:
+        kl: mean KL to the reference of the update's completions, nats a completion.
+        target: where it should settle.
+        episodes: completions of the update.
+        horizon: completions in which the coefficient may grow or shrink by about a fifth.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * episodes / horizon)
 
 
 def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:

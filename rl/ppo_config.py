@@ -80,7 +80,18 @@ class PPOConfig(TrainingArguments):
     """Taken off the score of a completion without a stop token. >= 0, in units of the reward."""
 
     beta: float = 0.05
-    """Coefficient of the per-token KL penalty (k1) inside the reward. >= 0."""
+    """Coefficient of the per-token KL penalty (k1) inside the reward. >= 0. With ``kl_target`` where it starts."""
+
+    kl_target: float | None = None
+    """Adapt ``beta`` until the mean KL to the reference is this, in nats a completion. > 0; None: ``beta`` is fixed."""
+
+    kl_horizon: int = 10_000
+    """Completions in which an adapted ``beta`` may change by about a fifth (Ziegler et al. 2019). >= 1."""
+
+    best_of_n: int = 1
+    """Train for the best of so many samples, which is how a reranked policy is served: a completion's score becomes
+    what it adds to the best of n - 1 others of its prompt. 1: the mean of the samples (plain PPO). Unbiased up to
+    ``num_generations``; above, the others stand for more than they are. >= 1."""
 
     # -- PPO ----------------------------------------------------------------------------------------------------
     num_ppo_epochs: int = 2
@@ -145,6 +156,8 @@ class PPOConfig(TrainingArguments):
             "num_mini_batches",
             "rollout_batch_size",
             "num_generations_eval",
+            "kl_horizon",
+            "best_of_n",
         ):
             if getattr(self, name) < 1:
                 raise InputError(name, getattr(self, name), "must be at least 1")
@@ -156,8 +169,15 @@ class PPOConfig(TrainingArguments):
                 raise InputError(name, getattr(self, name), "must not be negative")
         if not (self.gamma <= 1 and 0 <= self.lam <= 1):
             raise InputError("gamma, lam", (self.gamma, self.lam), "must be at most 1")
-        if self.leave_one_out_baseline and self.num_generations < 2:
-            raise InputError("num_generations", self.num_generations, "leave_one_out_baseline needs at least 2")
+        if self.kl_target is not None and not (self.kl_target > 0 and self.beta > 0):
+            raise InputError("kl_target, beta", (self.kl_target, self.beta), "must both be above 0")
+        if (self.leave_one_out_baseline or self.best_of_n > 1) and self.num_generations < 2:
+            mend = "leave_one_out_baseline and best_of_n above 1 need at least 2"
+            raise InputError("num_generations", self.num_generations, mend)
+        if self.leave_one_out_baseline and self.best_of_n > 1:
+            raise InputError(
+                "leave_one_out_baseline", True, "must be false: best_of_n above 1 has a baseline of its own"
+            )
         rows, parts = self.num_prompts * self.num_generations, self.num_mini_batches * self.world_size
         if self.num_prompts % self.world_size or rows % parts:
             raise InputError(
@@ -174,6 +194,8 @@ class PPOConfig(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise InputError("remove_unused_columns", True, "must be false: reward functions read the other columns")
+        if self.enable_jit_checkpoint:  # it would save in the middle of an update
+            raise InputError("enable_jit_checkpoint", True, "must be false: SIGTERM is heeded at the end of an update")
         if self.fp16:
             raise InputError("fp16", True, "is not supported; use bf16 or neither")
 

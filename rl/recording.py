@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 import warnings
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from rl import metrics as numbers
+from rl.checkpoints import PART_FOLDER, Preemption, publish, to_resume
 from rl.logs import write_completions
 from rl.rewards import RewardFunctions
-from rl.rollout import Rollout
+from rl.rollout import Rollout, merge
 from rl.setup import load_policy_weights
 
 STATE_FILE = "ppo_state.json"
@@ -29,6 +35,8 @@ class RecordingTrainer(Trainer):
     Attributes:
         reward_functions: set by ``PPOTrainer``; their names head columns and metrics.
         num_tokens: tokens of all prompts and completions so far, over all ranks.
+        beta: coefficient of the KL penalty, which ``kl_target`` adapts.
+        preemption: whether the run was told to leave.
         completions_table: one dict a completion of the last update on this rank (``rl.metrics.completions_table``).
     """
 
@@ -39,9 +47,13 @@ class RecordingTrainer(Trainer):
         self._eval_metrics: dict[str, list[tuple[float, int]]] = defaultdict(list)  # (mean of a batch, its rows)
         self._eval_rows = 0  # rows of the evaluation batch at hand
         self._extra: dict[str, list] = {}
+        self._part: Path | None = None  # where a checkpoint is being written
+        self.preemption = Preemption()
         self._mode = "train"
         self.num_tokens = 0
+        self.beta: float = kwargs["args"].beta
         self.completions_table: list[dict[str, Any]] = []
+        kwargs["callbacks"] = [*kwargs["callbacks"], self.preemption]
         super().__init__(**kwargs)
 
     # ---- logging -------------------------------------------------------------------------------------------------
@@ -64,24 +76,30 @@ class RecordingTrainer(Trainer):
     def _sum_over_ranks(self, x: Tensor) -> Tensor:
         return self.accelerator.reduce(x, reduction="sum") if self.args.world_size > 1 else x
 
+    def _of_all_ranks(self, x: Any) -> list[Any]:
+        """What every rank gives, in their order."""
+        return gather_object([x]) if self.args.world_size > 1 else [x]
+
     def _record(self, rollout: Rollout, steps: list[dict[str, Tensor]], kl: float) -> None:
         """Append this update's numbers, make the table of completions, and warn about a negative KL."""
         args = self.args
-        self.num_tokens += int(
-            self._sum_over_ranks(
-                rollout.lengths.sum() + sum(len(ids) for ids in rollout.prompt_ids[:: args.num_generations])
-            )
-        )
+        if args.world_size > 1:
+            rollouts, extras = zip(*self._of_all_ranks((rollout.cpu(), self._extra)), strict=True)
+            rollout = merge(list(rollouts))
+            self._extra = {name: [v for one in extras for v in one[name]] for name in extras[0]}
+        self.num_tokens += int(rollout.lengths.sum())
+        self.num_tokens += sum(len(ids) for ids in rollout.prompt_ids[:: args.num_generations])
         found = {
             **numbers.reward_metrics(rollout, self.reward_functions.names, args.num_generations, args.reward_clip),
+            **numbers.best_of_metrics(rollout, args.num_generations, args.best_of_n),
             **numbers.length_metrics(rollout),
-            **numbers.objective_metrics(rollout, args.beta),
+            **numbers.sampling_metrics(rollout),
+            **numbers.objective_metrics(rollout, self.beta),
             **numbers.update_metrics(steps),
             "update/optimizer_steps": float(len(steps)),
         }
         for name, value in found.items():
-            mean = float(self._sum_over_ranks(torch.tensor(value, device=args.device))) / args.world_size
-            self._metrics[name].append(value if args.world_size == 1 else mean)
+            self._metrics[name].append(value)
         if kl < -0.5:
             warnings.warn(
                 f"mean KL to the reference is {kl:.2f} nats, far below 0: sampling and training disagree "
@@ -98,9 +116,11 @@ class RecordingTrainer(Trainer):
     def _record_evaluation(self, sums: Tensor, rows: int, prefix: str) -> dict[str, float]:
         """Log and return the means over ``rows`` completions, from the ``sums`` of ``rl.metrics.eval_sums``."""
         found = numbers.eval_metrics(sums.tolist(), rows, self.args.beta)
+        ranks = self._of_all_ranks(dict(self._eval_metrics))
+        logged = {name: [one for rank in ranks for one in rank.get(name, [])] for rank in ranks for name in rank}
         extra = {
             name: sum(value * weight for value, weight in batches) / sum(weight for _, weight in batches)
-            for name, batches in self._eval_metrics.items()
+            for name, batches in logged.items()
             if not name.startswith("time/")
         }
         self._eval_metrics.clear()
@@ -112,7 +132,8 @@ class RecordingTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the updates since the last log to the Trainer's own training logs."""
         if "loss" in logs:
-            means = {name: sum(v) / len(v) for name, v in self._metrics.items()}
+            ranks = self._of_all_ranks({name: sum(v) / len(v) for name, v in self._metrics.items()})
+            means = {name: fmean(one[name] for one in ranks if name in one) for rank in ranks for name in rank}
             self._metrics.clear()
             logs = {
                 **logs,
@@ -126,6 +147,35 @@ class RecordingTrainer(Trainer):
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """The Trainer's, from a checkpoint that is whole (``rl.checkpoints.to_resume``), and leaving on SIGTERM."""
+        checkpoint = to_resume(resume_from_checkpoint, self.args.output_dir)
+        with self.preemption.listening():
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return super()._get_output_dir(trial) if self._part is None else str(self._part)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """The Trainer's, written beside and renamed when it is whole; older ones are deleted after that."""
+        run, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        part = run / PART_FOLDER
+        if self.args.should_save:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._part = part
+        super()._save_checkpoint(model, trial)
+        self._part = None
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(run / name)
+        if self.args.should_save:
+            self.state.save_to_json(str(part / name / TRAINER_STATE_NAME))
+            publish(part / name, run / name)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The policy as ``save_pretrained`` writes it, its tokenizer, and the value model in ``value_model/``."""
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
@@ -133,14 +183,15 @@ class RecordingTrainer(Trainer):
         self.model.policy.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         self.model.save_value(folder)
-        (folder / STATE_FILE).write_text(json.dumps({"num_tokens": self.num_tokens}))
+        (folder / STATE_FILE).write_text(json.dumps({"num_tokens": self.num_tokens, "beta": self.beta}))
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         load_policy_weights(self.model.policy, folder)
         self.model.load_value(folder)
-        self.num_tokens = json.loads((folder / STATE_FILE).read_text())["num_tokens"]
+        state = json.loads((folder / STATE_FILE).read_text())
+        self.num_tokens, self.beta = state["num_tokens"], state["beta"]
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from deliberation.types import InputError
@@ -28,6 +30,7 @@ class Rollout:
         prompt_ids, completion_ids: token ids; a completion's include its stop token if it was produced.
         texts: completions as text, without special tokens: what reward functions read.
         finished: bool [B], the sampler's flag that a stop token was produced.
+        drawn_logprobs: log-probabilities the tokens were drawn with; logged beside the trainer's, never trained on.
         num_generations: completions a prompt.
         mask: bool [B, T], from the lengths.
         rewards_per_func: [B, functions], NaN where a function gave None.
@@ -45,6 +48,7 @@ class Rollout:
     completion_ids: list[list[int]]
     texts: list[str]
     finished: Tensor
+    drawn_logprobs: list[list[float]]
     num_generations: int
     mask: Tensor = field(init=False)
     rewards_per_func: Tensor = field(init=False)
@@ -83,12 +87,39 @@ class Rollout:
         k1, _, k3 = ppo.kl_estimators(self.old_logprobs, self.ref_logprobs)
         return (k1 * self.mask).sum(1), (k3 * self.mask).sum(1)
 
+    def cpu(self) -> Rollout:
+        """A copy whose tensors are on the CPU."""
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                setattr(twin, name, value.cpu())
+        return twin
+
     def completions(self) -> list:
         """What reward functions get: text for text prompts, one assistant message for messages (TRL's contract)."""
         return [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(self.prompts, self.texts, strict=True)
         ]
+
+
+def merge(parts: list[Rollout]) -> Rollout:
+    """Several ranks' rollouts as one, in their order; every tensor that is filled in, padded with 0 to the widest."""
+    columns = {name: [value for part in parts for value in part.columns[name]] for name in parts[0].columns}
+    lists = {
+        name: [value for part in parts for value in getattr(part, name)]
+        for name in ("prompts", "prompt_ids", "completion_ids", "texts", "drawn_logprobs")
+    }
+    flags = torch.cat([part.finished for part in parts])
+    whole = Rollout(columns=columns, finished=flags, num_generations=parts[0].num_generations, **lists)
+    width = whole.mask.shape[1]
+    for name, value in vars(parts[0]).items():
+        if torch.is_tensor(value) and name not in ("finished", "mask"):
+            tensors = [getattr(part, name) for part in parts]
+            if value.shape == parts[0].mask.shape:  # [B, T]
+                tensors = [F.pad(x, (0, width - x.shape[1])) for x in tensors]
+            setattr(whole, name, torch.cat(tensors))
+    return whole
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
@@ -159,6 +190,7 @@ def collect(
         completion_ids=[list(one.ids) for _, one in flat],
         texts=[one.text for _, one in flat],
         finished=torch.tensor([one.finished for _, one in flat], device=device),
+        drawn_logprobs=[one.logprobs for _, one in flat],
         num_generations=num_generations,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -29,11 +29,14 @@ class Sample:
         text: the decoded completion, without special tokens (not cleaned: see ``clean_statement``).
         ids: the sampled token ids, the stop token included: the actions a policy loss is computed on.
         finished: whether a stop token ended it; False if it was cut at ``max_new_tokens``.
+        logprobs: of the ids, as they were drawn (temperature and nucleus included). For comparison with the trainer's,
+            never for its losses; not part of equality, as they differ by rounding between batches.
     """
 
     text: str
     ids: list[int]
     finished: bool
+    logprobs: list[float] = field(compare=False)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -97,10 +100,11 @@ def _decode(batch: Batch, stops: _Stops, max_new_tokens: int, temperature: float
     for step in range(max_new_tokens):
         # 2. One token for every running sample.
         rows, cols, samples = layout
-        tokens = draw(logits[rows, cols], batch.uniforms[rows, samples, step], temperature, top_p)
+        tokens, logprobs = draw(logits[rows, cols], batch.uniforms[rows, samples, step], temperature, top_p)
         # 3. Who ends here?
         goes_on = []
-        for row, sample, token in zip(rows.tolist(), samples.tolist(), tokens.tolist(), strict=True):
+        for row, sample, token, logprob in zip(*(x.tolist() for x in (rows, samples, tokens, logprobs)), strict=True):
+            batch.streams[row].logprobs[sample].append(logprob)
             ended = stops.add(batch.streams[row], sample, token)
             if ended:
                 batch.streams[row].running.remove(sample)
@@ -194,8 +198,8 @@ def sample(
             batch = Batch(model, streams[start : start + per_batch], max_new_tokens)
             _decode(batch, stops, max_new_tokens, temperature, top_p)
     found = {
-        (s.prompt, i): Sample(tokenizer.decode(ids, skip_special_tokens=True), ids, k not in s.running)
+        (s.prompt, i): Sample(tokenizer.decode(ids, skip_special_tokens=True), ids, k not in s.running, logprobs)
         for s in streams
-        for k, (i, ids) in enumerate(zip(s.samples, s.ids, strict=True))
+        for k, (i, ids, logprobs) in enumerate(zip(s.samples, s.ids, s.logprobs, strict=True))
     }
     return [[found[p, i] for i in range(n)] for p in range(len(prompts))]

@@ -10,6 +10,9 @@ The same function as a plain process, under ``accelerate launch``, or as a Ray j
 
 (one line; a job runs in a temporary copy of the working directory, so its paths are absolute, on shared storage.)
 
+``resume_from_checkpoint: auto`` goes on from the last whole checkpoint in ``output_dir``, if there is one. On SIGTERM
+the update at hand is finished, a checkpoint written, and the exit code is 75.
+
 With ``reward_actors: 0`` the preference model runs in the training process; with more, in that many Ray actors (for
 every training process), on the cluster the job runs on or on a local one started for the run.
 """
@@ -40,6 +43,7 @@ from embedded import resolve
 from reward.group_reward import LocalScorer, Scorer, make_group_reward
 from reward.preference import PreferenceModel, check_ensemble, check_folder
 from reward.welfare import check_uncertainty_penalty, parse_welfare
+from rl.checkpoints import AUTO, PREEMPTED
 from rl.data import ppo_prompts
 from rl.policy import check_model_keys, load_from_keys
 from rl.ppo_config import PPOConfig
@@ -89,7 +93,7 @@ class PPOScriptConfig(PPOConfig, ModelConfig):
     def __post_init__(self) -> None:
         ModelConfig.__post_init__(self)
         super().__post_init__()
-        check_model_keys(self)
+        check_model_keys(self, also_resumes=(AUTO,))
         parse_welfare(self.welfare)
         check_uncertainty_penalty(self.uncertainty_penalty)
         if self.reward_actors < 0:
@@ -187,7 +191,8 @@ def train_ppo(
         observers: reward functions that return None for every completion: they see and log, and reward nothing.
 
     Returns:
-        The trainer after training; its reward actors have ended.
+        The trainer after training; its reward actors have ended. If it was told to leave (``preemption.agreed``), its
+        last checkpoint is in ``output_dir``, and nothing else.
 
     Raises:
         InputError: on data, models or keys that do not fit; nothing has been written then.
@@ -219,9 +224,10 @@ def train_ppo(
             callbacks=list(callbacks),
         )
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    # 3. Save.
-    trainer.save_model()
-    trainer.save_state()
+    # 3. Save, unless it will go on later.
+    if not trainer.preemption.agreed:
+        trainer.save_model()
+        trainer.save_state()
     return trainer
 
 
@@ -234,6 +240,9 @@ def _table(key: str, path: str | None) -> list[dict[str, Any]]:
 def main(config: PPOScriptConfig) -> None:
     """``consensus ppo``: train with the data and models named in the config, save."""
     trainer = train_ppo(config)
+    updates = trainer.state.global_step
+    if trainer.preemption.agreed:
+        logger.warning("left after %d updates; the same command with --resume_from_checkpoint auto goes on", updates)
+        raise SystemExit(PREEMPTED)
     if config.process_index == 0:
-        updates = trainer.state.global_step
         print(f"Policy optimised for {config.welfare} welfare in {updates} updates: {config.output_dir}")

@@ -13,6 +13,7 @@ One Trainer step is one update:
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections import defaultdict
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from deliberation.types import InputError
 from rl import metrics as numbers
 from rl import ppo
+from rl.checkpoints import last_good
 from rl.inputs import ModelInputs, collate, collate_shared, spread
 from rl.logs import JsonlLog, PromptStream
 from rl.ppo_config import PPOConfig
@@ -49,6 +51,8 @@ from rl.value import (
 )
 
 __all__ = ["PPOConfig", "PPOTrainer"]
+
+logger = logging.getLogger(__name__)
 
 EVAL_SEED_OFFSET = 7_919  # evaluation draws from seeds of its own, the same at every evaluation
 
@@ -96,7 +100,7 @@ class PPOTrainer(RecordingTrainer):
             check_dataset("eval_dataset", eval_dataset)
         model, processing_class = load(model, processing_class, args)
         check_logits(model)
-        self.share_prefix = can_share_prefix(args.share_prefix, model, value_model)
+        self.share_prefix = can_share_prefix(args.share_prefix and args.num_generations > 1, model, value_model)
         self.ref_model, policy = reference_and_policy(model, peft_config)
         self.reward_functions = RewardFunctions(reward_funcs, args.reward_weights)
         if args.max_steps <= 0:  # epochs are counted in prompts
@@ -155,29 +159,35 @@ class PPOTrainer(RecordingTrainer):
 
     def training_step(self, model: nn.Module, inputs: list[dict], num_items_in_batch: Any = None) -> Tensor:
         """One update on the rows ``inputs``; leaves the last optimiser step to the Trainer. Returns the mean loss."""
+        args = self.args
         model.train()
         # 1., 2. sample and score
-        first = self.args.process_index * len(inputs)
-        seeds = prompt_seeds(self.args.seed, self.state.global_step, first, len(inputs))
-        rollout = self._rollout(inputs, self.args.num_generations, seeds)
+        first = args.process_index * len(inputs)
+        seeds = prompt_seeds(args.seed, self.state.global_step, first, len(inputs))
+        rollout = self._rollout(inputs, args.num_generations, seeds)
         # 3., 4. log-probabilities, values, advantages
         with self._timed("logprob"):
             self._evaluate_tokens(rollout)
-        if self.state.global_step == 0 and self.args.init_value_to_reward:
+        if self.state.global_step == 0 and args.init_value_to_reward:
             self._shift_values(rollout)
         self._compute_advantages(rollout)
         # 5. optimiser steps, unless the policy has gone too far from the reference
-        kl = float(self._sum_over_ranks(rollout.kl()[0].sum())) / self.args.rows_per_update
+        kl = float(self._sum_over_ranks(rollout.kl()[0].sum())) / args.rows_per_update
         steps: list[dict[str, Tensor]] = []
-        if self.args.max_kl is not None and kl > self.args.max_kl:
+        if args.max_kl is not None and kl > args.max_kl:
+            logger.warning("KL %.1f is above max_kl %.1f: stopping; %s", kl, args.max_kl, last_good(args.output_dir))
             self.control.should_training_stop = self.control.should_log = True
         else:
             with self._timed("update"):
                 steps = self._update(model, rollout)
-        # 6. log
+        # 6. log, and the price of KL for the next update
         self._record(rollout, steps, kl)
+        if args.kl_target is not None:
+            self.beta = ppo.adapted_beta(self.beta, kl, args.kl_target, args.rows_per_update, args.kl_horizon)
+        asked = torch.tensor(int(self.preemption.asked), device=args.device)
+        self.preemption.agreed = bool(self._sum_over_ranks(asked))
         loss = torch.stack([s["loss"] for s in steps]).mean() if steps else torch.zeros(())
-        return loss.to(self.args.device)
+        return loss.to(args.device)
 
     def _rollout(self, rows: list[dict], num_generations: int, seeds: list[int]) -> Rollout:
         args = self.args
@@ -258,14 +268,15 @@ class PPOTrainer(RecordingTrainer):
         rollout.values = torch.where(rollout.mask, rollout.values + shift, rollout.values)
 
     def _centred(self, rollout: Rollout) -> Tensor:
-        """The scores ``[B]`` that are learnt from: less the prompt's baseline, if there is one."""
-        if not self.args.leave_one_out_baseline:
-            return rollout.scores
-        return ppo.leave_one_out(rollout.scores, rollout.scored, self.args.num_generations)
+        """The scores ``[B]`` that are learnt from: less the prompt's baseline, or what they add to the best of n."""
+        known = (rollout.scores, rollout.scored, self.args.num_generations)
+        if self.args.leave_one_out_baseline:
+            return ppo.leave_one_out(*known)
+        return ppo.best_of_n(*known, self.args.best_of_n)
 
     def _compute_advantages(self, rollout: Rollout) -> None:
         rollout.token_rewards = ppo.token_rewards(
-            self._centred(rollout), rollout.old_logprobs, rollout.ref_logprobs, rollout.mask, self.args.beta
+            self._centred(rollout), rollout.old_logprobs, rollout.ref_logprobs, rollout.mask, self.beta
         )
         rollout.advantages, rollout.returns = ppo.gae(
             rollout.token_rewards, rollout.values, rollout.mask, self.args.gamma, self.args.lam
@@ -282,10 +293,8 @@ class PPOTrainer(RecordingTrainer):
             found = self._backward(model, rollout, micro_batches, warm_up)
             steps.append(found)
             if not bool(found["loss"].isfinite()):
-                raise FloatingPointError(
-                    f"the loss is {float(found['loss'])} at update {self.state.global_step}; the "
-                    f"last checkpoint is in {self.args.output_dir}"
-                )
+                where = f"the loss is {float(found['loss'])} at update {self.state.global_step}"
+                raise FloatingPointError(f"{where}; {last_good(self.args.output_dir)}")
             if self.args.target_kl is not None and float(found["approxkl"]) > self.args.target_kl:
                 model.zero_grad()  # the Trainer's own step then changes nothing
                 break

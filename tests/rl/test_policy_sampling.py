@@ -38,7 +38,7 @@ def naive(model, tokenizer, prompt, n, seed, max_new_tokens, temperature=1.0, to
         while len(new) < max_new_tokens and (not new or new[-1] != tokenizer.eos_token_id):
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([ids + new])).logits[:, -1]
-            new.append(int(draw(logits, row[len(new)][None], temperature, top_p)))
+            new.append(int(draw(logits, row[len(new)][None], temperature, top_p)[0]))
         found.append(new)
     return found
 
@@ -123,7 +123,7 @@ def test_uniforms_depend_on_seed_sample_and_step_only(seed, n, steps):
 def frequencies(logits, count=20_000, **options):
     """How often each token is drawn when the uniform numbers lie on a fine, even grid: no chance is involved."""
     grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    tokens = draw(logits.expand(count, -1), grid, **options)
+    tokens, _ = draw(logits.expand(count, -1), grid, **options)
     return torch.bincount(tokens, minlength=logits.shape[-1]) / count
 
 
@@ -148,7 +148,21 @@ def test_sampled_first_tokens_follow_the_policy(tiny_policy, tiny_tokenizer):
 def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     edges = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logits.expand(4, -1), edges).tolist() == [1, 1, 3, 3]
+    tokens, logprobs = draw(logits.expand(4, -1), edges)
+    assert tokens.tolist() == [1, 1, 3, 3] and logprobs.exp().tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_the_log_probabilities_are_those_the_tokens_were_drawn_with(tiny_policy, tiny_tokenizer, top_p):
+    """Of a plain forward pass, at the temperature, renormalised inside the nucleus."""
+    one = sample(tiny_policy, tiny_tokenizer, ["Why?"], n=2, seeds=[4], temperature=0.8, top_p=top_p)[0][1]
+    ids = tiny_tokenizer("Why?").input_ids
+    with torch.no_grad():
+        logits = tiny_policy(input_ids=torch.tensor([ids + one.ids])).logits[0, len(ids) - 1 : -1]
+    chances = torch.softmax(logits / 0.8, -1)
+    chances = nucleus(chances, top_p) if top_p < 1 else chances
+    expected = (chances / chances.sum(-1, keepdim=True))[range(len(one.ids)), one.ids].log()
+    torch.testing.assert_close(torch.tensor(one.logprobs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
@@ -206,7 +220,7 @@ def test_unfinished_when_cut(tiny_policy, tiny_tokenizer):
 def test_empty_completion(tiny_policy, tiny_tokenizer):
     model = with_bias(tiny_policy, t2=1000.0)
     got = sample(model, tiny_tokenizer, PROMPTS, n=2, seeds=SEEDS, max_new_tokens=5)
-    assert got == [[Sample("", [2], True)] * 2] * 3
+    assert got == [[Sample("", [2], True, [])] * 2] * 3
 
 
 def test_line_break_ends_a_statement_but_not_before_its_text(tiny_policy, tiny_tokenizer):

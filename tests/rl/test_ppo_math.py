@@ -205,6 +205,14 @@ def test_whitening_on_two_processes_equals_one(tmp_path):
     torch.testing.assert_close(both, ppo.whiten(x, mask), rtol=1e-12, atol=1e-12)
 
 
+def test_the_price_of_kl_follows_the_target():
+    """By a fifth over the horizon at most, in proportion near the target; Ziegler et al. 2019, section 2.2."""
+    assert ppo.adapted_beta(0.1, 6.0, 6.0, 100, 1000) == 0.1
+    assert ppo.adapted_beta(0.1, 60.0, 6.0, 100, 1000) == pytest.approx(0.1 * 1.02)
+    assert ppo.adapted_beta(0.1, -1.0, 6.0, 100, 1000) == pytest.approx(0.1 * 0.98)
+    assert ppo.adapted_beta(0.1, 6.6, 6.0, 100, 1000) == pytest.approx(0.1 * 1.01)
+
+
 @pytest.mark.parametrize(
     "advantage, log_ratio, loss, gradient",
     [

@@ -20,6 +20,11 @@ from rl.value import PolicyAndValue, check_logits, disable_dropout
 
 import tiny
 
+
+def drawn(text: str, ids: list[int], finished: bool) -> Sample:
+    return Sample(text, ids, finished, [-1.0] * len(ids))
+
+
 PROMPTS = [[1, 5, 6, 7, 8, 9, 10, 11], [1, 20], [1, 30, 2, 31]]  # the third holds an EOS (2) inside
 COMPLETIONS = [[40, 41, 2], [50, 51, 52, 53, 54], [2]]
 
@@ -190,10 +195,10 @@ def test_masks_come_from_lengths_and_flags_from_the_sampler_even_if_pad_is_eos()
     tokenizer = tiny.make_tokenizer()
     tokenizer.pad_token, eos = tokenizer.eos_token, tokenizer.eos_token_id
     outputs = [
-        Sample("a", [9, eos], True),
-        Sample("", [eos], True),
-        Sample("abcd", [9, 10, 11, 12], False),
-        Sample("a\n", [9, 14], True),
+        drawn("a", [9, eos], True),
+        drawn("", [eos], True),
+        drawn("abcd", [9, 10, 11, 12], False),
+        drawn("a\n", [9, 14], True),
     ]  # the last stopped at a token that is not the EOS
     rollout = collected(tokenizer, [{"prompt": "p"}], lambda *a, **k: [outputs], n=4)
     assert rollout.mask.sum(1).tolist() == [2, 1, 4, 2]
@@ -202,7 +207,7 @@ def test_masks_come_from_lengths_and_flags_from_the_sampler_even_if_pad_is_eos()
 
 def test_a_sampler_without_tokens_is_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="without tokens"):
-        collected(tiny_tokenizer, [{"prompt": "p"}], lambda *a, **k: [[Sample("", [], True)]], n=1)
+        collected(tiny_tokenizer, [{"prompt": "p"}], lambda *a, **k: [[drawn("", [], True)]], n=1)
 
 
 def test_rows_of_a_prompt_are_neighbours_and_columns_follow():
@@ -213,7 +218,7 @@ def test_rows_of_a_prompt_are_neighbours_and_columns_follow():
 
     def sampler(model, tokenizer, texts, **kwargs):
         seen.update(kwargs, texts=texts)
-        return [[Sample("x", [7], True), Sample("y", [8], True)] for _ in texts]
+        return [[drawn("x", [7], True), drawn("y", [8], True)] for _ in texts]
 
     rollout = collected(tokenizer, rows, sampler)
     assert seen["top_p"] == 1.0  # pure sampling

@@ -13,6 +13,7 @@ from ppo_helpers import ROWS, ascii_share, changed, make_trainer, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from deliberation.types import InputError
+from rl.checkpoints import damage, to_resume
 from rl.inputs import collate
 from rl.logs import PromptStream, read_log
 
@@ -53,6 +54,8 @@ RUN = dict(
     eval_steps=3,
     lr_scheduler_type="linear",
     weight_decay=0.01,
+    kl_target=0.01,
+    kl_horizon=50,
 )
 
 
@@ -79,14 +82,48 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(layou
     assert same(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
     assert same(resumed.lr_scheduler.state_dict(), whole.lr_scheduler.state_dict())
     assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+    assert resumed.beta == whole.beta != whole.args.beta
 
 
-def test_a_checkpoint_without_its_value_head_is_refused(tmp_path):
-    first = make_trainer(tmp_path, **{**RUN, "max_steps": 2, "eval_strategy": "no"})
-    first.train()
-    (tmp_path / "checkpoint-2" / "value_model" / "value_head.safetensors").unlink()
-    with pytest.raises(InputError, match="value_head"):
-        make_trainer(tmp_path, **{**RUN, "eval_strategy": "no"}).train(resume_from_checkpoint=True)
+def without_head(folder):
+    (folder / "value_model" / "value_head.safetensors").unlink()
+
+
+def cut_short(folder):
+    (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:-100])
+
+
+def unsealed(folder):
+    (folder / "checkpoint.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "tear, says", [(without_head, "lacks value_model"), (cut_short, "optimizer.pt has"), (unsealed, "not finished")]
+)
+def test_a_torn_checkpoint_is_told_and_the_one_before_is_used(tear, says, tmp_path, caplog):
+    settings = {**RUN, "max_steps": 4, "eval_strategy": "no"}
+    make_trainer(tmp_path, **settings).train()
+    tear(tmp_path / "checkpoint-4")
+    with pytest.raises(InputError, match=says):
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert to_resume(True, str(tmp_path)) == to_resume("auto", str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    assert says in caplog.text
+    tear(tmp_path / "checkpoint-2")
+    assert to_resume("auto", str(tmp_path)) is None
+    with pytest.raises(InputError, match="no whole checkpoint"):
+        make_trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_written_again_replaces_the_old_one_and_old_ones_are_deleted_last(tmp_path):
+    settings = {**RUN, "max_steps": 6, "eval_strategy": "no", "save_total_limit": 2}
+    make_trainer(tmp_path, **settings).train()
+    assert {f.name for f in tmp_path.glob("checkpoint*")} == {"checkpoint-4", "checkpoint-6"}
+    before = (tmp_path / "checkpoint-6" / "checkpoint.json").stat().st_ino
+    again = make_trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert {f.name for f in tmp_path.glob("checkpoint*")} == {"checkpoint-4", "checkpoint-6"}
+    assert (tmp_path / "checkpoint-6" / "checkpoint.json").stat().st_ino != before
+    assert damage(tmp_path / "checkpoint-6") is None
 
 
 def test_what_a_checkpoint_holds(tmp_path):
@@ -267,6 +304,9 @@ def test_the_run_leaves_a_jsonl_log_and_tables_of_completions(tmp_path):
         "val/explained_var",
         "episode",
         "learning_rate",
+        "objective/beta",
+        "sampling/sampling_logp_difference/mean",
+        "sampling/sampling_logp_difference/max",
         "time/rollout",
         "time/score",
         "time/logprob",
@@ -275,6 +315,7 @@ def test_the_run_leaves_a_jsonl_log_and_tables_of_completions(tmp_path):
     for name in names:
         assert math.isfinite(log[0][name]), name
     assert log[0]["kl"] == 0 and log[0]["episode"] == 8
+    assert log[0]["sampling/sampling_logp_difference/max"] < 1e-4  # one engine: rounding alone
     table = [json.loads(line) for line in (tmp_path / "completions" / "step-00002.jsonl").read_text().splitlines()]
     columns = {"prompt", "completion", "reward", "score", "kl", "length", "finished"}
     assert len(table) == 8 and table[0].keys() >= columns

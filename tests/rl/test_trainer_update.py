@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig
 from ppo_helpers import ROWS, ascii_share, changed, constant, make_trainer, weights
 
 from deliberation.types import InputError
@@ -118,6 +119,15 @@ def test_every_trainable_parameter_moves_and_the_reference_does_not(tmp_path):
     trainer.train()
     assert changed(trainer.model, before) == set(before)
     assert not changed(trainer.ref_model, reference)
+
+
+def test_dropout_of_the_model_and_of_its_adapters_is_off_in_training(tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    trainer = make_trainer(tmp_path, peft_config=lora)
+    rollout = fresh_rollout(trainer)
+    inputs = trainer._inputs(rollout, torch.arange(len(rollout)))
+    one, other = (trainer.model.train()(inputs, 1.0).logprobs for _ in range(2))
+    assert torch.equal(one, other)
 
 
 def test_low_precision_parameters_are_refused(tmp_path, tiny_tokenizer):

@@ -1,0 +1,136 @@
+"""Checkpoints that are whole or not there, and leaving in order when the machine is taken away.
+
+A checkpoint is written to a folder of another name, sealed with a list of its files, and renamed: a process killed at
+any moment leaves the checkpoints before it as they were. What was torn afterwards (a copy that broke off) is told by
+the list.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
+
+from deliberation.types import InputError
+
+MANIFEST = "checkpoint.json"
+"""Every file of a checkpoint and its size in bytes; written last."""
+
+PART_FOLDER = "checkpoint.part"
+"""Where a checkpoint grows, inside the run's folder."""
+
+AUTO = "auto"
+"""``resume_from_checkpoint``: from the last whole checkpoint, or from the start where there is none yet."""
+
+PREEMPTED = 75
+"""Exit code of a run that was told to leave and can be resumed (``EX_TEMPFAIL`` of sysexits.h: try again)."""
+
+logger = logging.getLogger(__name__)
+
+
+def publish(part: Path, final: Path) -> None:
+    """Seal the finished checkpoint ``part`` and rename it to ``final``, in place of an older one of that name."""
+    files = {str(file.relative_to(part)): file.stat().st_size for file in sorted(part.rglob("*")) if file.is_file()}
+    with (part / MANIFEST).open("w") as out:
+        json.dump(files, out)
+        out.flush()
+        os.fsync(out.fileno())
+    if final.exists():  # of a run resumed from further back
+        final.rename(part.with_name(f"{final.name}.old"))
+    part.rename(final)
+    shutil.rmtree(part.parent)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if every file is there in its size."""
+    if not (folder / MANIFEST).is_file():
+        return f"has no {MANIFEST}: it was not finished"
+    for name, size in json.loads((folder / MANIFEST).read_text()).items():
+        if not (folder / name).is_file():
+            return f"lacks {name}"
+        if (folder / name).stat().st_size != size:
+            return f"{name} has {(folder / name).stat().st_size} bytes of {size}"
+    return None
+
+
+def last_whole(output_dir: str | Path) -> str | None:
+    """The run's last checkpoint that is whole, None if there is none; warns of each later one that is torn."""
+    for folder in reversed(sort_checkpoints(str(output_dir)) if Path(output_dir).is_dir() else []):
+        wrong = damage(Path(folder))
+        if wrong is None:
+            return folder
+        logger.warning("%s %s; taking the one before", folder, wrong)
+    return None
+
+
+def last_good(output_dir: str | Path) -> str:
+    """Words that name the last whole checkpoint, for the error that ends a run."""
+    found = last_whole(output_dir)
+    return f"go on from {found}" if found else f"no checkpoint was written in {output_dir} yet"
+
+
+def to_resume(wanted: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint to go on from.
+
+    Args:
+        wanted: a checkpoint's folder; True: the last whole one; ``AUTO``: the same, or None if there is none yet (a job
+            that is tried again has the command it had); None or False: none.
+
+    Raises:
+        InputError: field ``resume_from_checkpoint``, if it is torn or not there.
+    """
+    if wanted is None or wanted is False:
+        return None
+    if wanted is True or wanted == AUTO:
+        found = last_whole(output_dir)
+        if found is None and wanted is True:
+            raise InputError("resume_from_checkpoint", output_dir, "holds no whole checkpoint; start anew, or give one")
+        return found
+    wrong = damage(Path(wanted))
+    if wrong is not None:
+        raise InputError("resume_from_checkpoint", wanted, f"{wrong}; give a whole one")
+    return str(wanted)
+
+
+class Preemption(TrainerCallback):
+    """Leaves on SIGTERM: the update at hand is finished, a checkpoint written, and the training stopped.
+
+    Attributes:
+        asked: this process was told to leave.
+        agreed: some process was; set by the trainer at the end of an update, on all of them alike.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self.agreed = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Notes SIGTERM inside the block; does nothing outside the main thread, where Python delivers no signals."""
+        self.asked = self.agreed = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.asked = True
+        logger.warning("told to leave (SIGTERM): finishing this update, then writing a checkpoint")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the Trainer's loop to save and stop."""
+        if self.agreed:
+            control.should_save = control.should_training_stop = True
