@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A virtual environment that happens to be active must not leak into ours.
 unexport PYTHONHOME PYTHONPATH
 
-.PHONY: help demo serve test test-fast lint bench embedded-models venv clean
+.PHONY: help demo serve test test-fast lint bench bench-anchors embedded-models venv clean
 
 help:
 	@echo 'make demo             set up, then the whole job on the embedded models: train, compare, serve one answer'
@@ -27,6 +27,7 @@ help:
 	@echo 'make test             all tests (make test-fast: without the slow ones)'
 	@echo 'make lint             ruff and mypy'
 	@echo 'make bench            the benchmarks, one JSON line each'
+	@echo 'make bench-anchors    set up what benchmarks compare us with (TRL 1.12, in .venv-anchors)'
 	@echo 'make embedded-models  train the shipped models again (hours; never needed by a user)'
 	@echo 'make clean            remove caches and build outputs (runs/ and .venv stay)'
 
@@ -84,6 +85,13 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@shopt -s nullglob; for script in benchmarks/[a-z]*.py; do name=$$(basename $$script .py); \
 	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name --json; done
+
+# What benchmarks compare us with, in a virtual environment of its own: the last TRL with a PPOTrainer.
+bench-anchors:
+	@$(PYTHON) -m venv .venv-anchors
+	@.venv-anchors/bin/python -m pip install --quiet torch==2.13.0 $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)')
+	@.venv-anchors/bin/python -m pip install --quiet trl==1.12.0
+	@echo 'ready: python -m benchmarks.ppo_update --anchor'
 
 # One thread each; two to three hours for the writer and two for the judge.
 embedded-models: $(STAMP)
