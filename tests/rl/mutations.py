@@ -126,7 +126,7 @@ MUTATIONS = [
     Mutation("best of n with itself among the others", "rl/ppo.py",
              "scores[torch.cat([known[:k], known[k + 1 :]])].sort().values",
              "scores[known].sort().values[: len(known) - 1]",
-             "tests/rl/test_best_of_n.py::test_the_policy_gradient_is_that_of_the_expected_best_of_n"),
+             "tests/rl/test_ppo_best_of_n.py::test_the_policy_gradient_is_that_of_the_expected_best_of_n"),
     Mutation("checkpoint that nobody sealed", "rl/recording.py", "            publish(part / name, run / name)\n",
              "            (part / name).rename(run / name)\n",
              SAVED + "a_torn_checkpoint_is_told_and_the_one_before_is_used"),
