@@ -76,6 +76,8 @@ def similar_rows(folder: Path, settings: Settings, encode: Encoder) -> list[Row]
 
 
 def _rows(place: Place, size: int, encode: Encoder, rng: random.Random) -> Iterator[Row]:
+    if len(place.opinions) < 2:
+        return  # nobody to be nearer than
     number = {text: k for k, text in enumerate(place.statements)}
     alike = likeness(place.opinions, place.statements, encode)
     nearest = alike.topk(min(NEAREST, len(number)), dim=1).indices.tolist()

@@ -55,7 +55,11 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if every file is there in its size."""
     if not (folder / MANIFEST).is_file():
         return f"has no {MANIFEST}: it was not finished"
-    for name, size in json.loads((folder / MANIFEST).read_text()).items():
+    try:
+        files = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        return f"{MANIFEST} is cut short"
+    for name, size in files.items():
         if not (folder / name).is_file():
             return f"lacks {name}"
         if (folder / name).stat().st_size != size:
@@ -127,10 +131,11 @@ class Preemption(TrainerCallback):
             signal.signal(signal.SIGTERM, before)
 
     def _note(self, number: int, frame: Any) -> None:
-        self.asked = True
-        logger.warning("told to leave (SIGTERM): finishing this update, then writing a checkpoint")
+        self.asked = True  # said at the end of the update: a signal handler may not write
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the Trainer's loop to save and stop."""
+        """Ask the Trainer's loop to log, save and stop; not to evaluate, for which there may be no time."""
         if self.agreed:
-            control.should_save = control.should_training_stop = True
+            logger.warning("told to leave (SIGTERM): writing a checkpoint after update %d", state.global_step)
+            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False

@@ -86,7 +86,8 @@ class PPOConfig(TrainingArguments):
     """Adapt ``beta`` until the mean KL to the reference is this, in nats a completion. > 0; None: ``beta`` is fixed."""
 
     kl_horizon: int = 10_000
-    """Completions in which an adapted ``beta`` may change by about a fifth (Ziegler et al. 2019). >= 1."""
+    """Completions in which an adapted ``beta`` may change by about a fifth (Ziegler et al. 2019). At least those of an
+    update. ``eval_objective`` keeps the first ``beta``, so that evaluations can be compared."""
 
     best_of_n: int = 1
     """Train for the best of so many samples, which is how a reranked policy is served: a completion's score becomes
@@ -186,6 +187,8 @@ class PPOConfig(TrainingArguments):
                 f"{rows} completions an update do not divide "
                 f"by {self.num_mini_batches} mini-batches on {self.world_size} processes",
             )
+        if self.kl_target is not None and self.kl_horizon < rows:  # beyond, one update could turn beta negative
+            raise InputError("kl_horizon", self.kl_horizon, f"must be at least the {rows} completions of an update")
         if self.gradient_accumulation_steps != 1:
             raise InputError(
                 "gradient_accumulation_steps",
@@ -194,6 +197,12 @@ class PPOConfig(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise InputError("remove_unused_columns", True, "must be false: reward functions read the other columns")
+        for name, mend in (
+            ("save_only_model", "a run could not go on from such a checkpoint"),
+            ("push_to_hub", "checkpoints are written under another name first; call trainer.push_to_hub() at the end"),
+        ):
+            if getattr(self, name):
+                raise InputError(name, True, f"must be false: {mend}")
         if self.enable_jit_checkpoint:  # it would save in the middle of an update
             raise InputError("enable_jit_checkpoint", True, "must be false: SIGTERM is heeded at the end of an update")
         if self.fp16:

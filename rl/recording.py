@@ -37,7 +37,7 @@ class RecordingTrainer(Trainer):
         num_tokens: tokens of all prompts and completions so far, over all ranks.
         beta: coefficient of the KL penalty, which ``kl_target`` adapts.
         preemption: whether the run was told to leave.
-        completions_table: one dict a completion of the last update on this rank (``rl.metrics.completions_table``).
+        completions_table: one dict a completion of the last update, of all ranks (``rl.metrics.completions_table``).
     """
 
     reward_functions: RewardFunctions
@@ -85,8 +85,12 @@ class RecordingTrainer(Trainer):
         args = self.args
         if args.world_size > 1:
             rollouts, extras = zip(*self._of_all_ranks((rollout.cpu(), self._extra)), strict=True)
+            names = dict.fromkeys(name for one in extras for name in one)
+            self._extra = {
+                name: [v for one, part in zip(extras, rollouts, strict=True) for v in one.get(name, [None] * len(part))]
+                for name in names
+            }
             rollout = merge(list(rollouts))
-            self._extra = {name: [v for one in extras for v in one[name]] for name in extras[0]}
         self.num_tokens += int(rollout.lengths.sum())
         self.num_tokens += sum(len(ids) for ids in rollout.prompt_ids[:: args.num_generations])
         found = {
@@ -152,6 +156,16 @@ class RecordingTrainer(Trainer):
         checkpoint = to_resume(resume_from_checkpoint, self.args.output_dir)
         with self.preemption.listening():
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; but a run that will go on keeps its last weights, and its last checkpoint beside the best."""
+        kept = self.args.load_best_model_at_end, self.args.save_total_limit
+        if self.preemption.agreed:
+            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.load_best_model_at_end, self.args.save_total_limit = kept
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return super()._get_output_dir(trial) if self._part is None else str(self._part)

@@ -185,7 +185,8 @@ class PPOTrainer(RecordingTrainer):
         if args.kl_target is not None:
             self.beta = ppo.adapted_beta(self.beta, kl, args.kl_target, args.rows_per_update, args.kl_horizon)
         asked = torch.tensor(int(self.preemption.asked), device=args.device)
-        self.preemption.agreed = bool(self._sum_over_ranks(asked))
+        unfinished = self.state.global_step + 1 < args.max_steps
+        self.preemption.agreed = bool(self._sum_over_ranks(asked)) and unfinished
         loss = torch.stack([s["loss"] for s in steps]).mean() if steps else torch.zeros(())
         return loss.to(args.device)
 
@@ -275,6 +276,9 @@ class PPOTrainer(RecordingTrainer):
         return ppo.best_of_n(*known, self.args.best_of_n)
 
     def _compute_advantages(self, rollout: Rollout) -> None:
+        if self.args.best_of_n > 1:  # nothing tells what a completion adds that is the only one with a reward
+            rivals = rollout.scored.view(-1, self.args.num_generations).sum(1) > 1
+            rollout.scored = rollout.scored & rivals.repeat_interleave(self.args.num_generations)
         rollout.token_rewards = ppo.token_rewards(
             self._centred(rollout), rollout.old_logprobs, rollout.ref_logprobs, rollout.mask, self.beta
         )

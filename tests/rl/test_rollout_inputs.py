@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from deliberation.types import InputError
 from rl.inputs import collate, collate_shared
 from rl.rewards import RewardFunctions
-from rl.rollout import Rollout, collect, prompt_seeds, render_prompt
+from rl.rollout import Rollout, collect, merge, prompt_seeds, render_prompt
 from rl.sampling import Sample
 from rl.value import PolicyAndValue, check_logits, disable_dropout
 
@@ -208,6 +208,23 @@ def test_masks_come_from_lengths_and_flags_from_the_sampler_even_if_pad_is_eos()
 def test_a_sampler_without_tokens_is_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="without tokens"):
         collected(tiny_tokenizer, [{"prompt": "p"}], lambda *a, **k: [[drawn("", [], True)]], n=1)
+
+
+def test_rollouts_of_several_ranks_are_merged_in_order():
+    """The first rank's completions are one token long: as wide as its rewards, which are no tokens."""
+
+    def part(ids, reward):
+        rollout = collected(
+            tiny.make_tokenizer(), [{"prompt": "p", "n": 1}], lambda *a, **k: [[drawn("x", i, True) for i in ids]]
+        )
+        rollout.rewards_per_func = torch.full((len(ids), 1), reward)
+        rollout.values = torch.ones(rollout.mask.shape)
+        return rollout
+
+    whole = merge([part([[7], [8]], 1.0), part([[9, 10, 11], [12]], 2.0)])
+    assert whole.lengths.tolist() == [1, 1, 3, 1] and whole.rewards_per_func.tolist() == [[1.0], [1.0], [2.0], [2.0]]
+    assert whole.values.tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]]
+    assert whole.columns == {"n": [1] * 4} and whole.completion_ids == [[7], [8], [9, 10, 11], [12]]
 
 
 def test_rows_of_a_prompt_are_neighbours_and_columns_follow():

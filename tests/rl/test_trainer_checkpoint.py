@@ -93,12 +93,22 @@ def cut_short(folder):
     (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:-100])
 
 
+def torn_list(folder):
+    (folder / "checkpoint.json").write_text((folder / "checkpoint.json").read_text()[:-9])
+
+
 def unsealed(folder):
     (folder / "checkpoint.json").unlink()
 
 
 @pytest.mark.parametrize(
-    "tear, says", [(without_head, "lacks value_model"), (cut_short, "optimizer.pt has"), (unsealed, "not finished")]
+    "tear, says",
+    [
+        (without_head, "lacks value_model"),
+        (cut_short, "optimizer.pt has"),
+        (torn_list, "cut short"),
+        (unsealed, "not finished"),
+    ],
 )
 def test_a_torn_checkpoint_is_told_and_the_one_before_is_used(tear, says, tmp_path, caplog):
     settings = {**RUN, "max_steps": 4, "eval_strategy": "no"}

@@ -188,6 +188,17 @@ def test_rows_without_any_reward_train_nothing(tmp_path):
     assert not rollout.train_mask[1::2].any()
 
 
+def test_the_only_completion_with_a_reward_is_not_held_against_it_when_trained_for_the_best_of_n(tmp_path):
+    def some(prompts, completions, **columns):
+        return [None if i == 1 else float(i) for i in range(len(completions))]
+
+    trainer = make_trainer(tmp_path, some, best_of_n=2)
+    rollout = fresh_rollout(trainer)
+    trainer._compute_advantages(rollout)
+    assert rollout.scored.tolist() == [False, False] + [True] * 6
+    assert (rollout.advantages[0] == 0).all() and rollout.advantages[3].any()
+
+
 def test_the_first_values_are_the_mean_score(tmp_path):
     trainer = make_trainer(tmp_path)
     rollout = fresh_rollout(trainer)
@@ -273,6 +284,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         dict(remove_unused_columns=True),
         dict(missing_eos_penalty=-1.0),
         dict(leave_one_out_baseline=True, num_generations=1),
+        dict(best_of_n=2, num_generations=1),
+        dict(best_of_n=2, leave_one_out_baseline=True),
+        dict(best_of_n=0),
+        dict(kl_target=0.0),
+        dict(kl_target=1.0, beta=0.0),
+        dict(kl_target=1.0, kl_horizon=7),
+        dict(save_only_model=True),
+        dict(push_to_hub=True),
+        dict(enable_jit_checkpoint=True),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, tmp_path):
