@@ -114,13 +114,11 @@ def merge(parts: list[Rollout]) -> Rollout:
     whole = Rollout(columns=columns, finished=flags, num_generations=parts[0].num_generations, **lists)
     width = whole.mask.shape[1]
     for name, value in vars(parts[0]).items():
-        if torch.is_tensor(value) and name not in ("finished", "mask", "rewards_per_func"):
+        if torch.is_tensor(value) and name not in ("finished", "mask"):
             tensors = [getattr(part, name) for part in parts]
-            if value.shape == parts[0].mask.shape:  # [B, T]
+            if value.shape == parts[0].mask.shape and name != "rewards_per_func":  # [B, T]
                 tensors = [F.pad(x, (0, width - x.shape[1])) for x in tensors]
             setattr(whole, name, torch.cat(tensors))
-    if hasattr(parts[0], "rewards_per_func"):
-        whole.rewards_per_func = torch.cat([part.rewards_per_func for part in parts])
     return whole
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from deliberation.types import InputError
 from reward.preference import Calibration, PreferenceModel
+from rl.checkpoints import last_whole
 from rl.data import ppo_prompts
 from rl.policy import load_policy
 from rl.train import PPOScriptConfig, main, train_ppo
@@ -69,6 +73,28 @@ def test_two_updates_save_a_policy_and_log_every_member(tmp_path, folders):
     assert len(updates) == 2
     assert {"rewards/group_reward/mean", "rewards/member_0/mean", "rewards/worst_member/mean"} <= set(updates[0])
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_told_to_leave_the_command_says_try_again_and_the_same_command_goes_on(tmp_path, folders):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    keys = dict(deliberations=str(tmp_path / "rows.jsonl"), resume_from_checkpoint="auto", save_strategy="no")
+    log = tmp_path / "run" / "log.jsonl"
+
+    def tell():
+        while not (log.is_file() and log.read_text()):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell, daemon=True).start()
+    with pytest.raises(SystemExit) as left:
+        main(settings(tmp_path, folders, max_steps=500, **keys))
+    assert left.value.code == 75
+    assert not (tmp_path / "run" / "model.safetensors").exists()  # it is not finished
+    step = int(last_whole(tmp_path / "run").rpartition("-")[2])
+    assert 1 <= step < 500
+    main(settings(tmp_path, folders, max_steps=step + 1, **keys))
+    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == step + 1
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_welfare_reaches_the_reward(tmp_path, folders):
