@@ -146,13 +146,13 @@ def sample_candidates(path: str, groups: Sequence[Group], n: int, seed: int, tit
     return found
 
 
-def write_deliberations(path: Path, groups: Sequence[Group], in_other_words: float = 0.0) -> None:
+def deliberation_rows(name: str, groups: Sequence[Group], in_other_words: float = 0.0) -> list[dict[str, Any]]:
     """Groups as the rows PPO reads, a share of them in phrases and sentences that the citizens do not use."""
-    rng, rows = Random(path.stem), []
+    rng, rows = Random(name), []
     for k, group in enumerate(groups):
-        said = group.deliberation(f"{path.stem}-{k}")
+        said = group.deliberation(f"{name}-{k}")
         rows.append(asdict(rephrased(said, group, rng) if rng.random() < in_other_words else said))
-    write_jsonl(path, rows)
+    return rows
 
 
 @contextlib.contextmanager
@@ -296,8 +296,8 @@ def _ppo(stages: Stages, config: DemoConfig, out: Path, data: Path, log: Path) -
         train = draw_groups("train", config.ppo_groups, f"ppo {config.seed}")
         held_out = draw_groups("validation", config.eval_groups, f"eval {config.seed}", held_out=True)
         # people who type are not citizens: the policy also practises on sentences of another kind
-        write_deliberations(data / "deliberations.jsonl", train, in_other_words=IN_OTHER_WORDS)
-        write_deliberations(data / "eval_deliberations.jsonl", held_out)
+        for name, part, share in (("deliberations", train, IN_OTHER_WORDS), ("eval_deliberations", held_out, 0.0)):
+            write_jsonl(data / f"{name}.jsonl", deliberation_rows(name, part, share))
         updates = {} if config.ppo_updates is None else {"max_steps": config.ppo_updates}
         ppo = stage_config(
             "ppo",

@@ -168,7 +168,7 @@ def gather(
     sampled = []
     for i, d in enumerate(deliberations):
         pools = [tuple(clean_statement(s.text) for s in pool[i]) for pool in (sft, ppo)]
-        utilities = [_utilities(preference_model, d, pool) for pool in pools]
+        utilities = [pool_utilities(preference_model, d, pool) for pool in pools]
         sampled.append(Sampled(
             d, clean_statement(base[i][0].text), pools[0], pools[1], utilities[0], utilities[1],
             ppo_ratios[i] if i < len(ppo_ratios) else None,
@@ -210,7 +210,7 @@ def _gather_part(part: tuple[int, Sequence[Deliberation]]) -> list[Sampled]:
     return gather(config, part[1], *models, first=part[0])
 
 
-def _utilities(preference_model: PreferenceModel, d: Deliberation, pool: Sequence[str]) -> np.ndarray:
+def pool_utilities(preference_model: PreferenceModel, d: Deliberation, pool: Sequence[str]) -> np.ndarray:
     """Predicted agreement [members, candidates]; an empty statement gets the lowest rating, 1, unread."""
     utilities = np.ones((len(d.opinions), len(pool)))
     spoken = [k for k, text in enumerate(pool) if text]

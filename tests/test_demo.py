@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from deliberation.types import InputError
-from demo import DemoConfig, _clear, draw_groups, write_deliberations
+from demo import DemoConfig, _clear, deliberation_rows, draw_groups
 
 
 def test_a_folder_that_no_demo_made_is_refused_and_kept(tmp_path: Path):
@@ -42,12 +41,9 @@ def test_a_policy_is_trained_rated_compared_and_served_at_one_temperature():
     assert ppo.max_completion_length == compare.max_new_tokens == serve.max_new_tokens
 
 
-def test_a_share_of_ppos_groups_speaks_in_other_words(tmp_path):
+def test_a_share_of_ppos_groups_speaks_in_other_words():
     groups = draw_groups("train", 40, "other words")
-    plain, mixed = tmp_path / "plain.jsonl", tmp_path / "mixed.jsonl"
-    write_deliberations(plain, groups)
-    write_deliberations(mixed, groups, in_other_words=0.5)
-    said, other = ([json.loads(line)["opinions"] for line in path.read_text().splitlines()] for path in (plain, mixed))
+    said, other = ([list(row["opinions"]) for row in deliberation_rows("x", groups, share)] for share in (0.0, 0.5))
     assert said == [[c.opinion for c in g.citizens] for g in groups]
     assert [len(o) for o in other] == [len(s) for s in said]
     assert 10 <= sum(o != s for o, s in zip(other, said, strict=True)) <= 30

@@ -55,10 +55,10 @@ def test_utilities_are_those_of_the_scoring_path(parts, gathered):
 def test_empty_statement_gets_the_lowest_utility(parts):
     _, judge, deliberations, _ = parts
     d = deliberations[0]
-    found = driver._utilities(judge, d, ["", "We should plan."])
+    found = driver.pool_utilities(judge, d, ["", "We should plan."])
     np.testing.assert_array_equal(found[:, 0], np.ones(len(d.opinions)))
     assert (found[:, 1] > 1).all()
-    np.testing.assert_array_equal(driver._utilities(judge, d, ["", ""]), np.ones((len(d.opinions), 2)))
+    np.testing.assert_array_equal(driver.pool_utilities(judge, d, ["", ""]), np.ones((len(d.opinions), 2)))
 
 
 def test_log_ratios_are_policy_minus_reference(parts, gathered):
