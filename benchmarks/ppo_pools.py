@@ -86,7 +86,7 @@ def _log_ratios(
 
 
 def wins(a: Pool, n_a: int, b: Pool, n_b: int) -> Array:
-    """[groups]: chance that best-of-``n_a`` of ``a`` has the higher gold mean than best-of-``n_b`` of ``b``, ties 1/2."""
+    """[groups]: chance that best-of-``n_a`` of ``a`` has the higher gold mean, best-of-``n_b`` of ``b`` the lower."""
     weights = ([measures.best_of_n_weights(scores, n) for scores in pool.predicted] for pool, n in ((a, n_a), (b, n_b)))
     return np.array([measures.expected_win(*row) for row in zip(a.gold, next(weights), b.gold, next(weights))])
 
