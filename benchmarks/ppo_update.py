@@ -50,9 +50,10 @@ def run(side: str, updates: int) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]], anchor: float | None) -> dict[str, Any]:
-    """Median CPU seconds an update over runs (the median of each), largest peak, and the ratio to ``anchor``."""
+    """Median CPU seconds an update over runs (the median of each), largest peak, runs in bf16, ratio to ``anchor``."""
     seconds = statistics.median(statistics.median(one["cpu_s"]) for one in runs)
     found = {"cpu_s": round(seconds, 3), "peak_gib": max(one["peak_gib"] for one in runs), "runs": len(runs)}
+    found["in_bf16"] = sum(one["bf16"] for one in runs)
     return found if anchor is None else {**found, "ratio": round(anchor / seconds, 3)}
 
 
