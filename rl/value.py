@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from deliberation.types import InputError
@@ -19,6 +20,8 @@ from rl.inputs import ModelInputs
 
 VALUE_FOLDER = "value_model"
 HEAD_FILE = "value_head.safetensors"
+MAX_LOGITS = 2**26
+"""Logits made at once: 256 MiB of fp32, and as much again for their log-softmax."""
 
 
 class TokenOutputs(NamedTuple):
@@ -46,9 +49,25 @@ def hidden_states(model: nn.Module, inputs: ModelInputs) -> Tensor:
 
 
 def completion_logprobs(model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """fp32 log-probabilities and entropies ``[N]`` of ``targets`` under logits / temperature."""
-    logits = _unwrapped(model).get_output_embeddings()(hidden).float() / temperature
-    logprobs = logits.log_softmax(dim=-1)
+    """fp32 log-probabilities and entropies ``[N]`` of ``targets`` under logits / temperature.
+
+    At most ``MAX_LOGITS`` logits are there at once: where the vocabulary is large, tokens go through in parts, and the
+    backward pass makes the logits of each part again.
+    """
+    head = _unwrapped(model).get_output_embeddings()
+    rows = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
+    if len(targets) <= rows:
+        return _token_logprobs(head, hidden, targets, temperature)
+    parts = [
+        checkpoint(_token_logprobs, head, h, t, temperature, use_reentrant=False)
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    logprobs, entropies = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _token_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logprobs = (head(hidden).float() / temperature).log_softmax(dim=-1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy

@@ -12,6 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from deliberation.types import InputError
+from rl import value
 from rl.inputs import collate, collate_shared
 from rl.rewards import RewardFunctions
 from rl.rollout import Rollout, collect, merge, prompt_seeds, render_prompt
@@ -80,6 +81,25 @@ def test_log_probabilities_equal_a_plain_forward(arch, temperature, tiny_tokeniz
     assert got.logprobs.dtype == got.values.dtype == torch.float32
     torch.testing.assert_close(got.logprobs.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.entropy.double(), torch.stack(entropy), rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_vocabulary_goes_through_in_parts_with_the_same_gradient(tiny_tokenizer, monkeypatch):
+    model = make("llama", tiny_tokenizer)
+
+    def outputs():
+        model.zero_grad()
+        out = model(collate(PROMPTS, COMPLETIONS, 0), 0.7)
+        (out.logprobs.square().sum() + out.values.square().sum()).backward()
+        return [*out, *(p.grad.clone() for p in model.parameters())]
+
+    whole, seen = outputs(), []
+    monkeypatch.setattr(value, "MAX_LOGITS", 2 * model.config.vocab_size + 1)
+    model.policy.get_output_embeddings().register_forward_hook(lambda head, args, logits: seen.append(len(logits)))
+    for a, b in zip(outputs(), whole, strict=True):
+        assert (a - b).abs().max() < 1e-5 + 1e-5 * b.abs().max()
+    assert max(seen) == 2 and sum(seen) == 2 * sum(
+        map(len, COMPLETIONS)
+    )  # backward makes them again
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])
