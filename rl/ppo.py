@@ -56,14 +56,23 @@ def kl_estimators(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tenso
     return d, d.square() / 2, torch.expm1(-d) + d
 
 
-def shape_scores(scores: Tensor, finished: Tensor, *, missing_eos_penalty: float, clip: float | None) -> Tensor:
-    """Clip raw scores ``[B]`` to ``[-clip, clip]``, then take the penalty off completions that did not finish.
+def shape_scores(
+    scores: Tensor,
+    finished: Tensor,
+    lengths: Tensor,
+    *,
+    missing_eos_penalty: float,
+    clip: float | None,
+    length_penalty: float = 0.0,
+) -> Tensor:
+    """Clip raw scores ``[B]`` to ``[-clip, clip]``, then take the penalties off.
 
-    The one rule for truncation: a completion cut at the length limit is a terminal state and pays the penalty.
-    ``finished`` is the sampler's flag (any stop token), never a comparison of token ids.
+    The one rule for truncation: a completion cut at the length limit is a terminal state and pays
+    ``missing_eos_penalty``. ``finished`` is the sampler's flag (any stop token), never a comparison of token ids.
+    ``length_penalty`` is paid for each of the ``lengths`` ``[B]`` action tokens.
     """
     clipped = scores if clip is None else scores.clamp(-clip, clip)
-    return clipped - missing_eos_penalty * (~finished).to(scores.dtype)
+    return clipped - missing_eos_penalty * (~finished).to(scores.dtype) - length_penalty * lengths.to(scores.dtype)
 
 
 def leave_one_out(scores: Tensor, scored: Tensor, num_generations: int) -> Tensor:
@@ -126,10 +135,16 @@ def adapted_beta(beta: float, kl: float, target: float, episodes: int, horizon: 
     return beta * (1 + error * episodes / horizon)
 
 
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """Rewards ``[B, T]``: ``-beta * k1`` at every action token, plus ``scores`` at the last action token of a row."""
+def token_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float, entropy_coef: float = 0.0
+) -> Tensor:
+    """Rewards ``[B, T]``: ``-beta * k1`` at every action token, plus ``scores`` at the last action token of a row.
+
+    With ``entropy_coef`` a token also earns ``-entropy_coef * logprob``, of which the mean is the policy's entropy
+    (maximum-entropy reinforcement learning: Haarnoja et al. 2018, https://arxiv.org/abs/1801.01290).
+    """
     k1 = kl_estimators(_kept(logprobs, mask), _kept(ref_logprobs, mask))[0]
-    rewards = -beta * k1
+    rewards = -beta * k1 - entropy_coef * _kept(logprobs, mask)
     rows = torch.arange(len(scores), device=scores.device)
     rewards[rows, last_token_index(mask)] += scores
     return rewards

@@ -79,6 +79,13 @@ class PPOConfig(TrainingArguments):
     missing_eos_penalty: float = 1.0
     """Taken off the score of a completion without a stop token. >= 0, in units of the reward."""
 
+    length_penalty: float = 0.0
+    """Taken off the score for every token of a completion. >= 0, in units of the reward a token. 0: length is free."""
+
+    whiten_rewards: bool = False
+    """Token rewards (KL included) of an update to variance 1, their mean kept, over all processes: for rewards whose
+    scale is unknown or drifts. The value model then learns returns on that scale. Off, as in TRL."""
+
     beta: float = 0.05
     """Coefficient of the per-token KL penalty (k1) inside the reward. >= 0. With ``kl_target`` where it starts."""
 
@@ -93,6 +100,10 @@ class PPOConfig(TrainingArguments):
     """Train for the best of so many samples, which is how a reranked policy is served: a completion's score becomes
     what it adds to the best of n - 1 others of its prompt. 1: the mean of the samples (plain PPO). Unbiased up to
     ``num_generations``; above, the others stand for more than they are. >= 1."""
+
+    entropy_coef: float = 0.0
+    """Adds ``-entropy_coef`` times its log-probability to a token's reward, which rewards entropy: samples that differ
+    are what best-of-N lives on. >= 0, in units of the reward a nat. 0: off."""
 
     # -- PPO ----------------------------------------------------------------------------------------------------
     num_ppo_epochs: int = 2
@@ -165,7 +176,14 @@ class PPOConfig(TrainingArguments):
         for name in ("temperature", "cliprange", "cliprange_value", "gamma"):
             if not getattr(self, name) > 0:
                 raise InputError(name, getattr(self, name), "must be above 0")
-        for name in ("beta", "missing_eos_penalty", "vf_coef", "value_warmup_updates"):
+        for name in (
+            "beta",
+            "missing_eos_penalty",
+            "length_penalty",
+            "entropy_coef",
+            "vf_coef",
+            "value_warmup_updates",
+        ):
             if not getattr(self, name) >= 0:
                 raise InputError(name, getattr(self, name), "must not be negative")
         if not (self.gamma <= 1 and 0 <= self.lam <= 1):

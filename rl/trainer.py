@@ -218,7 +218,12 @@ class PPOTrainer(RecordingTrainer):
         rollout.rewards_per_func = rewards.to(args.device)
         rollout.raw_scores, rollout.scored = (x.to(args.device) for x in self.reward_functions.combine(rewards))
         rollout.scores = ppo.shape_scores(
-            rollout.raw_scores, rollout.finished, clip=args.reward_clip, missing_eos_penalty=args.missing_eos_penalty
+            rollout.raw_scores,
+            rollout.finished,
+            rollout.lengths,
+            clip=args.reward_clip,
+            missing_eos_penalty=args.missing_eos_penalty,
+            length_penalty=args.length_penalty,
         )
         return rollout
 
@@ -280,8 +285,17 @@ class PPOTrainer(RecordingTrainer):
             rivals = rollout.scored.view(-1, self.args.num_generations).sum(1) > 1
             rollout.scored = rollout.scored & rivals.repeat_interleave(self.args.num_generations)
         rollout.token_rewards = ppo.token_rewards(
-            self._centred(rollout), rollout.old_logprobs, rollout.ref_logprobs, rollout.mask, self.beta
+            self._centred(rollout),
+            rollout.old_logprobs,
+            rollout.ref_logprobs,
+            rollout.mask,
+            self.beta,
+            self.args.entropy_coef,
         )
+        if self.args.whiten_rewards:
+            rollout.token_rewards = ppo.whiten(
+                rollout.token_rewards, rollout.train_mask, shift_mean=False, reduce=self._sum_over_ranks
+            )
         rollout.advantages, rollout.returns = ppo.gae(
             rollout.token_rewards, rollout.values, rollout.mask, self.args.gamma, self.args.lam
         )

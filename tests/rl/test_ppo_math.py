@@ -108,10 +108,10 @@ def test_a_completion_without_tokens_is_refused():
 
 
 def test_truncation_pays_the_penalty_after_the_clip():
-    scores = ppo.shape_scores(
-        torch.tensor([30.0, -30.0, 3.0]), torch.tensor([True, False, False]), missing_eos_penalty=1.0, clip=10.0
-    )
-    assert scores.tolist() == [10.0, -11.0, 2.0]
+    given = torch.tensor([30.0, -30.0, 3.0]), torch.tensor([True, False, False]), torch.tensor([4, 8, 2])
+    assert ppo.shape_scores(*given, missing_eos_penalty=1.0, clip=10.0).tolist() == [10.0, -11.0, 2.0]
+    priced = ppo.shape_scores(*given, missing_eos_penalty=1.0, clip=10.0, length_penalty=0.25)
+    assert priced.tolist() == [9.0, -13.0, 1.5]
 
 
 def test_kl_estimators_by_hand_and_in_expectation():

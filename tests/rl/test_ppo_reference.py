@@ -43,6 +43,9 @@ class Case:
     vf_coef: float
     reward_clip: float
     penalty: float
+    length_penalty: float
+    entropy_coef: float
+    whiten_rewards: bool
 
 
 def draw(seed: int) -> Case:
@@ -88,6 +91,9 @@ def draw(seed: int) -> Case:
         rng.uniform(0.0, 1.0),
         rng.uniform(1.0, 8.0),
         rng.uniform(0.0, 2.0),
+        rng.choice((0.0, 0.1)),
+        rng.choice((0.0, 0.2)),
+        rng.random() < 0.3,
     )
 
 
@@ -111,6 +117,7 @@ def reference(c: Case):
     # scores: clip, penalty, baseline of the prompt's other completions
     shaped = [min(max(s, -c.reward_clip), c.reward_clip) for s in c.scores]
     shaped = [s - (0.0 if done else c.penalty) for s, done in zip(shaped, c.finished, strict=True)]
+    shaped = [s - c.length_penalty * n for s, n in zip(shaped, c.lengths, strict=True)]
     centred = list(shaped)
     if c.leave_one_out:
         for i in rows:
@@ -118,10 +125,17 @@ def reference(c: Case):
             others = [shaped[k] for k in range(first, first + c.generations) if k != i and c.scored[k]]
             centred[i] = shaped[i] - sum(others) / len(others) if c.scored[i] and others else 0.0
     # token rewards and advantages, by the definition: A_t = sum_l (gamma lam)^l delta_(t+l)
+    paid = [[-c.beta * (p - q) - c.entropy_coef * p for p, q in zip(old[i], ref[i], strict=True)] for i in rows]
+    for i in rows:
+        paid[i][-1] += centred[i]
+    if c.whiten_rewards:
+        kept = [r for i in rows if c.scored[i] for r in paid[i]]
+        mean = sum(kept) / len(kept)
+        deviation = math.sqrt(sum((r - mean) ** 2 for r in kept) / len(kept) + 1e-8)
+        paid = [[(r - mean) / deviation + mean if c.scored[i] else 0.0 for r in paid[i]] for i in rows]
     advantages, returns = [], []
     for i in rows:
-        n = c.lengths[i]
-        rewards = [-c.beta * (old[i][t] - ref[i][t]) + (centred[i] if t == n - 1 else 0.0) for t in range(n)]
+        n, rewards = c.lengths[i], paid[i]
         values = [*c.old_values[i], 0.0]
         delta = [rewards[t] + c.gamma * values[t + 1] - values[t] for t in range(n)]
         advantages.append([sum((c.gamma * c.lam) ** k * delta[t + k] for k in range(n - t)) for t in range(n)])
@@ -177,10 +191,13 @@ def ours(c: Case, rows=slice(None), num_tokens=None, extra: int = 0):
     old_values = padded(c.old_values, width)
     finished, scored = torch.tensor(c.finished), torch.tensor(c.scored)
     scores = torch.tensor(c.scores, dtype=FULL)
-    scores = ppo.shape_scores(scores, finished, missing_eos_penalty=c.penalty, clip=c.reward_clip)
+    penalties = dict(missing_eos_penalty=c.penalty, length_penalty=c.length_penalty)
+    scores = ppo.shape_scores(scores, finished, torch.tensor(c.lengths), clip=c.reward_clip, **penalties)
     if c.leave_one_out:
         scores = ppo.leave_one_out(scores, scored, c.generations)
-    rewards = ppo.token_rewards(scores, old, ref, mask, c.beta)
+    rewards = ppo.token_rewards(scores, old, ref, mask, c.beta, c.entropy_coef)
+    if c.whiten_rewards:
+        rewards = ppo.whiten(rewards, mask & scored[:, None], shift_mean=False)
     advantages, returns = ppo.gae(rewards, old_values, mask, c.gamma, c.lam)
     trained = mask & scored[:, None]
     if c.whiten:

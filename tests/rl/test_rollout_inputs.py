@@ -97,9 +97,7 @@ def test_a_large_vocabulary_goes_through_in_parts_with_the_same_gradient(tiny_to
     model.policy.get_output_embeddings().register_forward_hook(lambda head, args, logits: seen.append(len(logits)))
     for a, b in zip(outputs(), whole, strict=True):
         assert (a - b).abs().max() < 1e-5 + 1e-5 * b.abs().max()
-    assert max(seen) == 2 and sum(seen) == 2 * sum(
-        map(len, COMPLETIONS)
-    )  # backward makes them again
+    assert max(seen) == 2 and sum(seen) == 2 * sum(map(len, COMPLETIONS))  # backward makes them again
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])

@@ -199,6 +199,34 @@ def test_the_only_completion_with_a_reward_is_not_held_against_it_when_trained_f
     assert (rollout.advantages[0] == 0).all() and rollout.advantages[3].any()
 
 
+@pytest.mark.parametrize("option", [dict(length_penalty=0.5), dict(entropy_coef=0.5), dict(whiten_rewards=True)])
+def test_an_option_changes_the_token_rewards_and_nothing_before_them(option, tmp_path):
+    rollouts = []
+    for settings in ({}, option):
+        trainer = make_trainer(tmp_path, reward_clip=None, beta=0.0, max_steps=1, **settings)
+        compute = trainer._compute_advantages
+
+        def keep(rollout, compute=compute):
+            compute(rollout)
+            rollouts.append(rollout)
+
+        trainer._compute_advantages = keep
+        trainer.train()
+    plain, changed_ = rollouts
+    assert torch.equal(plain.raw_scores, changed_.raw_scores) and torch.equal(plain.mask, changed_.mask)
+    (name,) = option
+    if name == "length_penalty":
+        expected = plain.token_rewards.sum(1) - 0.5 * plain.lengths
+        torch.testing.assert_close(changed_.token_rewards.sum(1), expected)
+    elif name == "entropy_coef":
+        expected = plain.token_rewards - 0.5 * plain.old_logprobs * plain.mask
+        torch.testing.assert_close(changed_.token_rewards, expected)
+    else:
+        kept = changed_.token_rewards[plain.mask]
+        assert float(kept.var(unbiased=False)) == pytest.approx(1, abs=1e-3)
+        assert float(kept.mean()) == pytest.approx(float(plain.token_rewards[plain.mask].mean()), abs=1e-4)
+
+
 def test_the_first_values_are_the_mean_score(tmp_path):
     trainer = make_trainer(tmp_path)
     rollout = fresh_rollout(trainer)
@@ -283,6 +311,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         dict(gradient_accumulation_steps=2),
         dict(remove_unused_columns=True),
         dict(missing_eos_penalty=-1.0),
+        dict(length_penalty=-0.1),
+        dict(entropy_coef=-0.1),
         dict(leave_one_out_baseline=True, num_generations=1),
         dict(best_of_n=2, num_generations=1),
         dict(best_of_n=2, leave_one_out_baseline=True),
