@@ -67,7 +67,9 @@ class PPOConfig(TrainingArguments):
     """A completion ends at the first line break after text, too (statements are one line)."""
 
     rollout_batch_size: int = 64
-    """Completions in flight in sampling. Changes speed only (and rounding)."""
+    """Completions sampled at once, whole prompts. Where an update has more, the reward functions get each batch as soon
+    as it is there, and score it in a thread of their own while the next is sampled. Changes speed only (and rounding),
+    as long as a completion's reward does not depend on the others of the call."""
 
     # -- reward -------------------------------------------------------------------------------------------------
     reward_weights: list[float] | None = None

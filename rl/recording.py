@@ -64,9 +64,6 @@ class RecordingTrainer(Trainer):
         else:
             self._metrics[name].append(float(value))
 
-    def _log_extra(self, column: str, values: list) -> None:
-        self._extra[column] = list(values)
-
     @contextlib.contextmanager
     def _timed(self, name: str):
         start = time.perf_counter()

@@ -7,8 +7,12 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -90,3 +94,56 @@ class RewardFunctions:
     def combine(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sums ``[B]``, and bool ``[B]``: False where every function gave None (the sum is then 0)."""
         return (rewards * self.weights).nansum(dim=1), ~rewards.isnan().all(dim=1)
+
+
+@dataclass
+class Scores:
+    """What reward functions said of some completions.
+
+    Attributes:
+        rewards: [completions, functions], NaN where a function gave None.
+        metrics: name -> numbers they logged.
+        extra: column of the completions table -> one value a completion.
+    """
+
+    rewards: Tensor = field(default_factory=lambda: torch.empty(0))
+    metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    extra: dict[str, list] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics[name].append(float(value))
+
+    def log_extra(self, column: str, values: list) -> None:
+        self.extra[column] = list(values)
+
+
+def merge_scores(parts: Sequence[Scores]) -> Scores:
+    """Several batches' scores as one; a metric is the mean over completions, a column nobody gave is None there."""
+    sizes = [len(part.rewards) for part in parts]
+    metrics: dict[str, list[float]] = defaultdict(list)
+    for name in dict.fromkeys(name for part in parts for name in part.metrics):
+        known = [
+            (fmean(part.metrics[name]), size) for part, size in zip(parts, sizes, strict=True) if name in part.metrics
+        ]
+        metrics[name] = [sum(mean * size for mean, size in known) / sum(size for _, size in known)]
+    extra = {
+        column: [
+            value for part, size in zip(parts, sizes, strict=True) for value in part.extra.get(column, [None] * size)
+        ]
+        for column in dict.fromkeys(column for part in parts for column in part.extra)
+    }
+    return Scores(torch.cat([part.rewards for part in parts]), metrics, extra)
+
+
+@contextmanager
+def background(wanted: bool) -> Iterator[Callable[..., Callable[[], Any]]]:
+    """Gives ``start(function, *arguments)``, which returns a function that waits for the result.
+
+    The work is done in one thread beside the caller's, in the order it was started; if not ``wanted``, in the caller's
+    own thread, when its result is asked for.
+    """
+    if not wanted:
+        yield functools.partial
+        return
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ppo-scores") as thread:
+        yield lambda *work: thread.submit(*work).result

@@ -31,8 +31,8 @@ from rl.inputs import ModelInputs, collate, collate_shared, spread
 from rl.logs import JsonlLog, PromptStream
 from rl.ppo_config import PPOConfig
 from rl.recording import RecordingTrainer
-from rl.rewards import RewardFunction, RewardFunctions
-from rl.rollout import Rollout, collect, mini_batches, prompt_seeds
+from rl.rewards import RewardFunction, RewardFunctions, Scores, background, merge_scores
+from rl.rollout import Rollout, collect, merge, mini_batches, prompt_seeds
 from rl.setup import (
     can_share_prefix,
     check_dataset,
@@ -191,30 +191,21 @@ class PPOTrainer(RecordingTrainer):
         return loss.to(args.device)
 
     def _rollout(self, rows: list[dict], num_generations: int, seeds: list[int]) -> Rollout:
-        args = self.args
-        with self._timed("rollout"):
-            rollout = collect(
-                self.model.policy,
-                self.processing_class,
-                rows,
-                num_generations=num_generations,
-                seeds=seeds,
-                max_new_tokens=args.max_completion_length,
-                temperature=args.temperature,
-                batch_size=args.rollout_batch_size,
-                stop_at_line_break=args.stop_at_line_break,
-                device=args.device,
-            )
-        with self._timed("score"):
-            rewards = self.reward_functions(
-                rollout.prompts,
-                rollout.completions(),
-                completion_ids=rollout.completion_ids,
-                trainer_state=self.state,
-                log_metric=self._log_metric,
-                log_extra=self._log_extra,
-                **rollout.columns,
-            )
+        """Sample and score; where the rows are several batches, each is scored while the next is sampled."""
+        args, size = self.args, max(1, self.args.rollout_batch_size // num_generations)
+        cuts = [slice(start, start + size) for start in range(0, len(rows), size)]
+        with background(len(cuts) > 1) as start_scoring:
+            with self._timed("rollout"):
+                sampled, waiting = [], []
+                for cut in cuts:
+                    sampled.append(self._sample(rows[cut], num_generations, seeds[cut]))
+                    waiting.append(start_scoring(self._score, sampled[-1]))
+            with self._timed("score"):
+                found = merge_scores([result() for result in waiting])
+        for name, (value,) in found.metrics.items():
+            self._log_metric(name, value)
+        self._extra = found.extra
+        rollout, rewards = merge(sampled), found.rewards
         rollout.rewards_per_func = rewards.to(args.device)
         rollout.raw_scores, rollout.scored = (x.to(args.device) for x in self.reward_functions.combine(rewards))
         rollout.scores = ppo.shape_scores(
@@ -226,6 +217,34 @@ class PPOTrainer(RecordingTrainer):
             length_penalty=args.length_penalty,
         )
         return rollout
+
+    def _sample(self, rows: list[dict], num_generations: int, seeds: list[int]) -> Rollout:
+        args = self.args
+        return collect(
+            self.model.policy,
+            self.processing_class,
+            rows,
+            num_generations=num_generations,
+            seeds=seeds,
+            max_new_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            batch_size=args.rollout_batch_size,
+            stop_at_line_break=args.stop_at_line_break,
+            device=args.device,
+        )
+
+    def _score(self, rollout: Rollout) -> Scores:
+        scores = Scores()
+        scores.rewards = self.reward_functions(
+            rollout.prompts,
+            rollout.completions(),
+            completion_ids=rollout.completion_ids,
+            trainer_state=self.state,
+            log_metric=scores.log_metric,
+            log_extra=scores.log_extra,
+            **rollout.columns,
+        )
+        return scores
 
     def _inputs(self, rollout: Rollout, rows: Tensor) -> ModelInputs:
         pad = self.processing_class.pad_token_id or 0  # fills space only: no mask is made from it

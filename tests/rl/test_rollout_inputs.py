@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import threading
 import time
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from deliberation.types import InputError
 from rl import value
 from rl.inputs import collate, collate_shared
-from rl.rewards import RewardFunctions
+from rl.rewards import RewardFunctions, Scores, background, merge_scores
 from rl.rollout import Rollout, collect, merge, prompt_seeds, render_prompt
 from rl.sampling import Sample
 from rl.value import PolicyAndValue, check_logits, disable_dropout
@@ -337,3 +338,42 @@ def test_an_error_inside_a_reward_function_passes_through():
 def test_bad_reward_functions_are_refused(functions, weights):
     with pytest.raises(InputError, match="reward_"):
         RewardFunctions(functions, weights)
+
+
+# ---- scoring beside sampling ---------------------------------------------------------------------------------------
+
+
+def test_scores_of_batches_are_merged_by_their_sizes_and_columns_keep_their_rows():
+    first, second = Scores(torch.ones(3, 1)), Scores(torch.zeros(1, 1))
+    for scores, number in ((first, 1.0), (second, 5.0)):
+        scores.log_metric("m", number)
+    second.log_metric("late", 7.0)
+    second.log_extra("why", ["short"])
+    found = merge_scores([first, second])
+    assert found.rewards.tolist() == [[1.0]] * 3 + [[0.0]]
+    assert found.metrics == {"m": [2.0], "late": [7.0]}
+    assert found.extra == {"why": [None, None, None, "short"]}
+
+
+def test_work_in_the_background_is_done_in_order_beside_the_caller_and_its_errors_arrive():
+    seen, may_end = [], threading.Event()
+
+    def work(k):
+        assert may_end.wait(20)
+        seen.append((k, threading.current_thread() is threading.main_thread()))
+        if k == 2:
+            raise RuntimeError("broken reward")
+        return k
+
+    with background(True) as start:
+        waiting = [start(work, k) for k in range(3)]
+        assert seen == []  # the caller goes on
+        may_end.set()
+        assert [waiting[0](), waiting[1]()] == [0, 1]
+        with pytest.raises(RuntimeError, match="broken reward"):
+            waiting[2]()
+    assert seen == [(0, False), (1, False), (2, False)]
+    seen.clear()
+    with background(False) as start:
+        waiting = [start(work, k) for k in range(2)]
+        assert [result() for result in waiting] == [0, 1] and seen == [(0, True), (1, True)]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from peft import LoraConfig
 from ppo_helpers import ROWS, ascii_share, changed, constant, make_trainer, weights
+from transformers import TrainerCallback
 
 from deliberation.types import InputError
 from rl import ppo
+from rl import trainer as trainer_module
+from rl.rewards import background
 from rl.rollout import prompt_seeds
 
 import tiny
@@ -175,6 +180,40 @@ def test_the_reward_functions_get_text_and_columns_and_what_they_give_is_what_is
         assert [row["index"] for row in table] == list(range(8))
         for name, tensor in before.items():  # neither the update nor the logging changed a tensor
             assert torch.equal(tensor, getattr(rollout, name)), name
+
+
+def test_batches_scored_while_others_are_sampled_give_what_one_after_the_other_gives(tmp_path, monkeypatch):
+    """Four batches of one prompt: the same weights, log and table as with scoring in turn, and several calls."""
+
+    def run(name, in_turn):
+        calls, tables = [], []
+
+        def reward(prompts, completions, log_metric, log_extra, **columns):
+            calls.append(threading.current_thread() is threading.main_thread())
+            log_metric("share", sum(ascii_share(prompts, completions)) / len(completions))
+            log_extra("first", [c[:1] for c in completions])
+            return ascii_share(prompts, completions)
+
+        class Tables(TrainerCallback):
+            def on_completions(self, args, state, control, table, **kwargs):
+                tables.append(table)
+
+        if in_turn:
+            monkeypatch.setattr(trainer_module, "background", lambda wanted: background(False))
+        trainer = make_trainer(
+            tmp_path / name, reward, rollout_batch_size=2, max_steps=2, eval_dataset=ROWS[:3], callbacks=[Tables()]
+        )
+        trainer.train()
+        log = [
+            {k: v for k, v in line.items() if "time" not in k and "second" not in k}
+            for line in trainer.state.log_history
+        ]
+        return weights(trainer.model), log, tables, trainer.evaluate()["eval_share"], calls
+
+    beside, in_turn = run("beside", False), run("in turn", True)
+    assert all(torch.equal(beside[0][name], in_turn[0][name]) for name in beside[0])
+    assert beside[1:4] == in_turn[1:4]
+    assert len(beside[4]) == 2 * 4 + 2 and not any(beside[4]) and all(in_turn[4])  # in evaluation two prompts, and one
 
 
 def test_rows_without_any_reward_train_nothing(tmp_path):
