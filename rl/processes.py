@@ -10,9 +10,6 @@ from transformers import TrainingArguments
 
 from deliberation.types import InputError
 
-ZERO_STAGES = (1, 2)
-"""Stages of DeepSpeed's ZeRO in which every process holds the whole policy, which it samples from."""
-
 
 def check_processes(args: TrainingArguments) -> None:
     """Refuse processes that a launcher started together and that would each train alone.
@@ -39,13 +36,13 @@ def check_sharding(args: Any) -> None:
         InputError: naming the key.
     """
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        mend = "is not supported: a process cannot sample from its shard; use DDP, or DeepSpeed ZeRO-2"
+        mend = "is not supported: a process samples from the whole policy; use DDP, or DeepSpeed ZeRO-2"
         raise InputError("fsdp", args.fsdp or "from accelerate launch", mend)
     if args.deepspeed_plugin is None:
         return
     settings, stage = args.deepspeed_plugin.hf_ds_config.config, args.deepspeed_plugin.zero_stage
-    if stage not in ZERO_STAGES:
-        mend = "must be 1 or 2: a process cannot sample from a shard of the policy"
+    if stage != 2:
+        mend = "must be 2: a process samples from the whole policy, so only gradients and optimiser can be shared out"
         raise InputError("deepspeed: zero_optimization.stage", stage, mend)
     for key in ("optimizer", "scheduler"):  # DeepSpeed's own would know nothing of value_learning_rate
         if key in settings:

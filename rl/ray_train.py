@@ -25,10 +25,12 @@ def check_resume(config: Any) -> None:
     Raises:
         InputError: unless the run goes on from the last checkpoint in ``output_dir``, or there is none.
     """
+    if not config.output_dir:
+        raise InputError("output_dir", config.output_dir, "give a folder that every node of the cluster sees")
     if config.resume_from_checkpoint not in (None, AUTO):
         mend = f"must be {AUTO} with train_workers: a group that starts again goes on from the last checkpoint"
         raise InputError("resume_from_checkpoint", config.resume_from_checkpoint, mend)
-    folder = Path(config.output_dir)
+    folder = Path(config.output_dir).expanduser()
     if config.resume_from_checkpoint is None and folder.is_dir() and sort_checkpoints(str(folder)):
         mend = f"holds checkpoints: set resume_from_checkpoint to {AUTO} to go on from the last, or take another folder"
         raise InputError("output_dir", config.output_dir, mend)
@@ -59,12 +61,17 @@ def train_in_workers(train: Callable[[dict[str, Any]], None], config: Any) -> No
         ),
         run_config=ray.train.RunConfig(
             name=FOLDER,
-            storage_path=str(Path(config.output_dir).resolve()),
+            storage_path=str(Path(config.output_dir).expanduser().resolve()),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
         ),
     )
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as error:
-        causes = [getattr(failure, "_base_exc", None) for failure in error.worker_failures.values()]
-        raise next((cause for cause in causes if isinstance(cause, InputError)), error) from error
+        raise cause(error) from error
+
+
+def cause(error: ray.train.WorkerGroupError) -> Exception:
+    """The bad input that ended a worker, if that is what did; else the error itself."""
+    raised = (getattr(failure, "_base_exc", None) for failure in error.worker_failures.values())
+    return next((one for one in raised if isinstance(one, InputError)), error)

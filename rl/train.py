@@ -48,7 +48,7 @@ from reward.welfare import check_uncertainty_penalty, parse_welfare
 from rl.checkpoints import AUTO, PREEMPTED
 from rl.data import ppo_prompts
 from rl.logs import LOG_FILE
-from rl.policy import check_model_keys, load_from_keys
+from rl.policy import check_model_keys, check_policy, load_from_keys
 from rl.ppo_config import PPOConfig
 from rl.rewards import RewardFunction
 from rl.trainer import PPOTrainer
@@ -277,6 +277,7 @@ def _train_in_workers(config: PPOScriptConfig) -> None:
     from rl.ray_train import check_resume, train_in_workers
 
     check_resume(config)
+    check_policy(config.model_name_or_path)
     _checked_prompts(config, None, None)
     print(f"Training in {config.train_workers} Ray workers; {config.output_dir}/{LOG_FILE} has a line an update")
     with _cluster():

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray.train
 import torch
+from ray.train.v2._internal.util import construct_user_exception_with_traceback
 from safetensors.torch import load_file
 
 from deliberation.types import InputError
 from rl.logs import read_log
-from rl.train import PPOScriptConfig, main
+from rl.ray_train import cause
+from rl.train import PPOScriptConfig, main, train_ppo
 
 import stage_inputs
 
@@ -113,7 +116,9 @@ def test_ray_train_ends_as_torchrun_does_whoever_is_killed(victim, undisturbed, 
         ({"train_workers": -1}, "train_workers"),
         ({"train_workers": 3}, "num_mini_batches"),  # two prompts an update do not divide by three
         ({"resume_from_checkpoint": "."}, "resume_from_checkpoint"),
+        ({"output_dir": None}, "output_dir"),
         ({"welfare": "kindness"}, "welfare"),
+        ({"model_name_or_path": "no/such/folder"}, "model_name_or_path"),
         ({"deliberations": None}, "deliberations"),
         ({"preference_model": "nowhere"}, "preference_model"),
     ],
@@ -130,3 +135,16 @@ def test_checkpoints_of_another_run_are_not_taken_for_those_of_this_one(inputs, 
     with pytest.raises(InputError, match="auto") as error:
         main(PPOScriptConfig(**KEYS, **inputs, output_dir=str(tmp_path), train_workers=2))
     assert error.value.field == "output_dir"
+
+
+def test_only_the_command_starts_workers(inputs, tmp_path):
+    with pytest.raises(InputError, match="consensus ppo"):
+        train_ppo(PPOScriptConfig(**KEYS, **inputs, output_dir=str(tmp_path), train_workers=2))
+
+
+def test_bad_input_in_a_worker_is_told_as_such():
+    bad, gone = InputError("deliberations", "x", "mend it"), ray.exceptions.ActorDiedError()
+    error = ray.train.WorkerGroupError("failed", {0: gone, 1: construct_user_exception_with_traceback(bad)})
+    assert cause(error) is bad
+    error = ray.train.WorkerGroupError("failed", {0: gone})
+    assert cause(error) is error

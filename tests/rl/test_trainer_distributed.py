@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,16 @@ def train(folder: Path, layout: str, processes: int) -> dict:
     return torch.load(folder / "end.pt")
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of a layout in one process, trained once."""
+    return cache(lambda layout: train(tmp_path_factory.mktemp("alone") / layout, layout, 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["head", "value_model", "lora"])
-def test_two_processes_train_as_one(layout, tmp_path):
-    one, two = (train(tmp_path / str(n), layout, n) for n in (1, 2))
+def test_two_processes_train_as_one(layout, alone, tmp_path):
+    one, two = alone(layout), train(tmp_path / "two", layout, 2)
     assert one["weights"].keys() == two["weights"].keys()
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6, msg=name)
@@ -55,10 +62,10 @@ def test_two_processes_train_as_one(layout, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_of_zero_2_train_as_one_and_go_on_bit_for_bit(tmp_path):
+def test_two_processes_of_zero_2_train_as_one_and_go_on_bit_for_bit(alone, tmp_path):
     """Real DeepSpeed. It clips with the norm itself, torch with the norm plus 1e-6; Adam then differs as above."""
     pytest.importorskip("deepspeed")
-    one, two = train(tmp_path / "one", "head", 1), train(tmp_path / "two", "zero_2", 2)
+    one, two = alone("head"), train(tmp_path / "two", "zero_2", 2)
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6, msg=name)
     assert one["beta"] == pytest.approx(two["beta"])
