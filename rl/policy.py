@@ -20,6 +20,7 @@ __all__ = [
     "Sample",
     "check_full_attention",
     "check_model_keys",
+    "check_policy",
     "load_from_keys",
     "load_policy",
     "resolve_attention",
@@ -116,11 +117,16 @@ def load_policy(
     return model.to(device).eval(), tokenizer
 
 
+def check_policy(model_name_or_path: str | None) -> None:
+    """Raise InputError unless it is a folder with safetensors, ``embedded/...`` or may be a hub name."""
+    if not model_name_or_path:
+        raise InputError("model_name_or_path", model_name_or_path, "give a folder, a hub name or embedded/writer")
+    _check_folder(resolve(model_name_or_path))
+
+
 def load_from_keys(config: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     """The policy and tokenizer that the ``trl.ModelConfig`` keys of ``config`` name, on the trainer's device."""
-    if not config.model_name_or_path:
-        mend = "give a folder, a hub name or embedded/writer"
-        raise InputError("model_name_or_path", config.model_name_or_path, mend)
+    check_policy(config.model_name_or_path)
     return load_policy(
         config.model_name_or_path,
         device=config.device,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from deliberation.types import InputError
+from rl.processes import check_processes, check_sharding
 
 
 @dataclass
@@ -162,6 +163,16 @@ class PPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_processes(self)
+        check_sharding(self)
+        self.check_ppo_keys(self.world_size)
+
+    def check_ppo_keys(self, processes: int) -> None:
+        """Refuse what PPO cannot train with on so many processes.
+
+        Raises:
+            InputError: naming the key.
+        """
         for name in (
             "num_prompts",
             "num_generations",
@@ -199,13 +210,13 @@ class PPOConfig(TrainingArguments):
             raise InputError(
                 "leave_one_out_baseline", True, "must be false: best_of_n above 1 has a baseline of its own"
             )
-        rows, parts = self.num_prompts * self.num_generations, self.num_mini_batches * self.world_size
-        if self.num_prompts % self.world_size or rows % parts:
+        rows, parts = self.num_prompts * self.num_generations, self.num_mini_batches * processes
+        if self.num_prompts % processes or rows % parts:
             raise InputError(
                 "num_mini_batches",
                 self.num_mini_batches,
                 f"{rows} completions an update do not divide "
-                f"by {self.num_mini_batches} mini-batches on {self.world_size} processes",
+                f"by {self.num_mini_batches} mini-batches on {processes} processes",
             )
         if self.kl_target is not None and self.kl_horizon < rows:  # beyond, one update could turn beta negative
             raise InputError("kl_horizon", self.kl_horizon, f"must be at least the {rows} completions of an update")

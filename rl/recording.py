@@ -189,6 +189,8 @@ class RecordingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The policy as ``save_pretrained`` writes it, its tokenizer, and the value model in ``value_model/``."""
+        if not self.args.should_save:  # the Trainer calls this on every process
+            return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.policy.save_pretrained(folder)
@@ -201,8 +203,17 @@ class RecordingTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         load_policy_weights(self.model.policy, folder)
         self.model.load_value(folder)
-        state = json.loads((folder / STATE_FILE).read_text())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's, and the numbers of the run: DeepSpeed loads its weights without ``_load_from_checkpoint``."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_state(checkpoint)
+
+    def _load_state(self, checkpoint: str) -> None:
+        state = json.loads((Path(checkpoint) / STATE_FILE).read_text())
         self.num_tokens, self.beta = state["num_tokens"], state["beta"]
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_state(self.state.best_model_checkpoint)

@@ -15,6 +15,8 @@ the update at hand is finished, a checkpoint written, and the exit code is 75.
 
 With ``reward_actors: 0`` the preference model runs in the training process; with more, in that many Ray actors (for
 every training process), on the cluster the job runs on or on a local one started for the run.
+
+With ``train_workers`` Ray Train runs the same function in that many processes (``rl.ray_train``).
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ from reward.preference import PreferenceModel, check_ensemble, check_folder
 from reward.welfare import check_uncertainty_penalty, parse_welfare
 from rl.checkpoints import AUTO, PREEMPTED
 from rl.data import ppo_prompts
-from rl.policy import check_model_keys, load_from_keys
+from rl.logs import LOG_FILE
+from rl.policy import check_model_keys, check_policy, load_from_keys
 from rl.ppo_config import PPOConfig
 from rl.rewards import RewardFunction
 from rl.trainer import PPOTrainer
@@ -86,18 +89,35 @@ class PPOScriptConfig(PPOConfig, ModelConfig):
     reward_actor_gpus: float = 0.0
     """GPUs (or a share of one) Ray reserves for a reward actor."""
 
+    train_workers: int = 0
+    """Training processes that Ray Train starts, and starts again from the last checkpoint when one is lost; 0 trains in
+    this process (or in those of ``accelerate launch``)."""
+
+    train_worker_cpus: float = 1.0
+    """CPUs Ray reserves for a training process."""
+
+    train_worker_gpus: float = 0.0
+    """GPUs Ray reserves for a training process: 1, or 0 to train on CPUs."""
+
+    max_failures: int = 3
+    """How often Ray Train starts its workers again, after an error too; -1: without end."""
+
     separate_value_model: bool = False
     """Start a value model of its own from the preference model, instead of a value head on the policy's backbone. Needs
     a preference model with the policy's tokenizer."""
 
     def __post_init__(self) -> None:
         ModelConfig.__post_init__(self)
-        super().__post_init__()
+        if self.train_workers > 0:  # the rest is for the workers: this process may have no GPU, and trains nothing
+            self.check_ppo_keys(self.train_workers)
+        else:
+            super().__post_init__()
         check_model_keys(self, also_resumes=(AUTO,))
         parse_welfare(self.welfare)
         check_uncertainty_penalty(self.uncertainty_penalty)
-        if self.reward_actors < 0:
-            raise InputError("reward_actors", self.reward_actors, "must be 0 or more")
+        for key in ("reward_actors", "train_workers"):
+            if getattr(self, key) < 0:
+                raise InputError(key, getattr(self, key), "must be 0 or more")
 
 
 @contextmanager
@@ -167,8 +187,9 @@ def _merged(model: Any, tokenizer: PreTrainedTokenizerBase, config: PPOScriptCon
     merged = model.merge_and_unload()
     if config.use_peft:
         folder = Path(config.output_dir) / REFERENCE_FOLDER
-        merged.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if config.should_save:
+            merged.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         merged.name_or_path = merged.config._name_or_path = str(folder)
         logger.info("the policy is an adapter; merged into its base and kept in %s", folder)
     return merged
@@ -197,17 +218,10 @@ def train_ppo(
     Raises:
         InputError: on data, models or keys that do not fit; nothing has been written then.
     """
+    if config.train_workers:
+        raise InputError("train_workers", config.train_workers, "is for the command `consensus ppo`; must be 0 here")
     # 1. Data and models; what can be wrong is found before anything is written (and not by an actor that dies).
-    train = ppo_prompts(_table("deliberations", config.deliberations) if rows is None else rows)
-    if eval_rows is None and config.eval_deliberations:
-        eval_rows = _table("eval_deliberations", config.eval_deliberations)
-    held_out = None if eval_rows is None else ppo_prompts(eval_rows, "eval_deliberations")
-    for source, prompts in (("deliberations", train), ("eval_deliberations", held_out)):
-        if prompts and parse_welfare(config.welfare) == "worst_cluster" and "clusters" not in prompts[0]:
-            raise InputError(f"{source}: clusters", None, "worst_cluster needs them: give one label a member")
-    check_folder(_preference_path(config))
-    if config.uncertainty_penalty:
-        check_ensemble(_preference_path(config))
+    train, held_out = _checked_prompts(config, rows, eval_rows)
     model, tokenizer = load_from_keys(config)
     value_model = value_model_from(_preference_path(config), tokenizer) if config.separate_value_model else None
     # 2. Train against the welfare of each group.
@@ -231,14 +245,51 @@ def train_ppo(
     return trainer
 
 
+def _checked_prompts(
+    config: PPOScriptConfig, rows: Sequence[dict[str, Any]] | None, eval_rows: Sequence[dict[str, Any]] | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Training and held-out prompts, if they and the preference model's folder can be trained with."""
+    train = ppo_prompts(_table("deliberations", config.deliberations) if rows is None else rows)
+    if eval_rows is None and config.eval_deliberations:
+        eval_rows = _table("eval_deliberations", config.eval_deliberations)
+    held_out = None if eval_rows is None else ppo_prompts(eval_rows, "eval_deliberations")
+    for source, prompts in (("deliberations", train), ("eval_deliberations", held_out)):
+        if prompts and parse_welfare(config.welfare) == "worst_cluster" and "clusters" not in prompts[0]:
+            raise InputError(f"{source}: clusters", None, "worst_cluster needs them: give one label a member")
+    check_folder(_preference_path(config))
+    if config.uncertainty_penalty:
+        check_ensemble(_preference_path(config))
+    return train, held_out
+
+
 def _table(key: str, path: str | None) -> list[dict[str, Any]]:
     if not path:
         raise InputError(key, path, "give a JSONL or Parquet file with question, opinions")
     return read_table(path, COLUMNS)
 
 
+def _train_in_worker(keys: dict[str, Any]) -> None:
+    """What a worker of Ray Train runs."""
+    train_ppo(PPOScriptConfig(**keys))
+
+
+def _train_in_workers(config: PPOScriptConfig) -> None:
+    from rl.ray_train import check_resume, train_in_workers
+
+    check_resume(config)
+    check_policy(config.model_name_or_path)
+    _checked_prompts(config, None, None)
+    print(f"Training in {config.train_workers} Ray workers; {config.output_dir}/{LOG_FILE} has a line an update")
+    with _cluster():
+        train_in_workers(_train_in_worker, config)
+    print(f"Policy optimised for {config.welfare} welfare: {config.output_dir}")
+
+
 def main(config: PPOScriptConfig) -> None:
     """``consensus ppo``: train with the data and models named in the config, save."""
+    if config.train_workers:
+        _train_in_workers(config)
+        return
     trainer = train_ppo(config)
     updates = trainer.state.global_step
     if trainer.preemption.agreed:

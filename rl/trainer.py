@@ -30,6 +30,7 @@ from rl.checkpoints import last_good
 from rl.inputs import ModelInputs, collate, collate_shared, spread
 from rl.logs import JsonlLog, PromptStream
 from rl.ppo_config import PPOConfig
+from rl.processes import set_parameter
 from rl.recording import RecordingTrainer
 from rl.rewards import RewardFunction, RewardFunctions, Scores, background, merge_scores
 from rl.rollout import Rollout, collect, merge, mini_batches, prompt_seeds
@@ -288,8 +289,7 @@ class PPOTrainer(RecordingTrainer):
         ]
         score, rows, value, tokens = self._sum_over_ranks(torch.stack([x.float() for x in sums])).tolist()
         shift = score / max(rows, 1.0) - value / tokens
-        with torch.no_grad():
-            self.model.value_head.bias += shift
+        set_parameter(self.model.value_head.bias, self.model.value_head.bias.detach() + shift)
         rollout.values = torch.where(rollout.mask, rollout.values + shift, rollout.values)
 
     def _centred(self, rollout: Rollout) -> Tensor:
@@ -336,7 +336,8 @@ class PPOTrainer(RecordingTrainer):
                 model.zero_grad()  # the Trainer's own step then changes nothing
                 break
             if i + 1 < len(batches):
-                self._clip_grad_norm(model)
+                if self.args.max_grad_norm > 0:
+                    self._clip_grad_norm(model)
                 self.optimizer.step()
                 model.zero_grad()
         return steps
@@ -350,6 +351,7 @@ class PPOTrainer(RecordingTrainer):
         total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
         for i, rows in enumerate(micro_batches):
             last = i + 1 == len(micro_batches)
+            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step in `backward`
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss, found = self._loss(model, rollout, rows, num_tokens, warm_up)

@@ -190,6 +190,9 @@ def test_with_adapters_the_reference_is_the_base_and_only_adapters_and_head_lear
         assert not torch.allclose(trained, expected)
         fresh = PeftModel.from_pretrained(tiny.make_policy(tiny.make_tokenizer()), tmp_path / "checkpoint-3").eval()
         assert torch.equal(fresh(ids).logits, trained)
+        fresh.merge_and_unload().save_pretrained(tmp_path / "merged")  # one model without adapters, as it is served
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged(ids).logits, trained, rtol=0, atol=1e-5)
     assert (tmp_path / "checkpoint-3" / "value_model" / "value_head.safetensors").is_file()
 
 

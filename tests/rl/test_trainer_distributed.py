@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,22 +24,32 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def train(folder: Path, layout: str, processes: int) -> dict:
-    folder.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+def launch(processes: int, *words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), *address]
-    command = [sys.executable, *launch, str(HERE / "distributed_run.py"), str(folder), layout]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *address, *words]
+    return subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def train(folder: Path, layout: str, processes: int) -> dict:
+    folder.mkdir(exist_ok=True)
+    done = launch(processes, str(HERE / "distributed_run.py"), str(folder), layout)
     assert done.returncode == 0, done.stderr[-3000:]
     assert damage(folder / "checkpoint-3") is None
     return torch.load(folder / "end.pt")
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of a layout in one process, trained once."""
+    return cache(lambda layout: train(tmp_path_factory.mktemp("alone") / layout, layout, 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["head", "value_model", "lora"])
-def test_two_processes_train_as_one(layout, tmp_path):
-    one, two = (train(tmp_path / str(n), layout, n) for n in (1, 2))
+def test_two_processes_train_as_one(layout, alone, tmp_path):
+    one, two = alone(layout), train(tmp_path / "two", layout, 2)
     assert one["weights"].keys() == two["weights"].keys()
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6, msg=name)
@@ -47,3 +59,25 @@ def test_two_processes_train_as_one(layout, tmp_path):
     for a, b in zip(one["log"], two["log"], strict=True):
         for name in whole if "kl" in a else [key for key in a if key.startswith("eval_")]:
             assert a[name] == pytest.approx(b[name], abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_processes_of_zero_2_train_as_one_and_go_on_bit_for_bit(alone, tmp_path):
+    """Real DeepSpeed. It clips with the norm itself, torch with the norm plus 1e-6; Adam then differs as above."""
+    pytest.importorskip("deepspeed")
+    one, two = alone("head"), train(tmp_path / "two", "zero_2", 2)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6, msg=name)
+    assert one["beta"] == pytest.approx(two["beta"])
+    shutil.rmtree(tmp_path / "two" / "checkpoint-3")
+    again = train(tmp_path / "two", "zero_2", 2)
+    assert all(torch.equal(again["weights"][name], weight) for name, weight in two["weights"].items())
+    assert again["beta"] == two["beta"]
+
+
+@pytest.mark.slow
+def test_deepspeed_processes_that_would_each_train_alone_are_refused(tmp_path):
+    """Where there is no accelerator, accelerate counts one process under DeepSpeed, however many were started."""
+    pytest.importorskip("deepspeed")
+    done = launch(2, str(HERE / "distributed_run.py"), str(tmp_path), "zero_2_alone")
+    assert done.returncode != 0 and "InputError: WORLD_SIZE = 2: 1 would train together" in done.stderr

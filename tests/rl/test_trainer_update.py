@@ -426,3 +426,13 @@ def test_one_token_bandit_learns_to_stop(tmp_path):
     trainer.train()
     ended = [1 - line["completions/clipped_ratio"] for line in trainer.state.log_history if "kl" in line]
     assert sum(ended[-3:]) / 3 > sum(ended[:3]) / 3 + 0.3
+
+
+def test_a_max_grad_norm_of_0_clips_nothing(tmp_path):
+    """As in the Trainer: neither its own last step of an update nor ours before it."""
+    trained = []
+    for norm in (0.0, 1e9):
+        trainer = make_trainer(tmp_path, max_grad_norm=norm, max_steps=1)
+        trainer.train()
+        trained.append(weights(trainer.model))
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
