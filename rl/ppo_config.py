@@ -102,7 +102,8 @@ class PPOConfig(TrainingArguments):
     best_of_n: int = 1
     """Train for the best of so many samples, which is how a reranked policy is served: a completion's score becomes
     what it adds to the best of n - 1 others of its prompt. 1: the mean of the samples (plain PPO). Unbiased up to
-    ``num_generations``; above, the others stand for more than they are. >= 1."""
+    ``num_generations``; above, the others stand for more than they are. Sample several times n: with
+    ``num_generations`` of n, only the best completion of a prompt earns anything. >= 1."""
 
     entropy_coef: float = 0.0
     """Adds ``-entropy_coef`` times its log-probability to a token's reward, which rewards entropy: samples that differ
