@@ -80,8 +80,14 @@ def undisturbed(inputs, tmp_path_factory) -> dict:
 
 def processes(title: str) -> list[psutil.Process]:
     """Our own Ray's processes whose title says so."""
-    found = psutil.Process().children(recursive=True)
-    return [one for one in found if one.is_running() and any(title in word for word in one.cmdline()[:1])]
+    return [one for one in psutil.Process().children(recursive=True) if title in title_of(one)]
+
+
+def title_of(process: psutil.Process) -> str:
+    try:
+        return "".join(process.cmdline()[:1])
+    except psutil.NoSuchProcess:  # it ended meanwhile, or is a zombie
+        return ""
 
 
 def kill_after_two_updates(run: Path, title: str, killed: list[int]) -> None:
