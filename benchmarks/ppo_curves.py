@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import statistics
-import subprocess
-import sys
 from datetime import date
 from pathlib import Path
 
@@ -25,31 +22,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.ppo_update import ANCHOR_PYTHON
+from benchmarks.ppo_update import run
 from deliberation.types import InputError
 
 SIDES = ("ours", "trl")
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """97.5 % quantile by degrees of freedom."""
-
-
-def run(side: str, seed: int, updates: int) -> list[float]:
-    """One process of one side: the mean reward (1 to 7) of every update.
-
-    Raises:
-        InputError: field ``anchor``, if TRL's virtual environment is missing.
-        RuntimeError: with the process's last words, if it failed.
-    """
-    if side == "trl" and not ANCHOR_PYTHON.is_file():
-        raise InputError("anchor", str(ANCHOR_PYTHON), "is missing; run `make bench-anchors` first")
-    python = str(ANCHOR_PYTHON) if side == "trl" else sys.executable
-    words = ["--side", side, "--seed", str(seed), "--updates", str(updates)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    command = [python, "-m", "benchmarks._ppo_citizens_side", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
-    if done.returncode:
-        raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])["reward"]
 
 
 def last_quarter(curve: list[float]) -> float:
@@ -98,7 +76,8 @@ def main() -> None:
         raise InputError("seeds", args.seeds, "must be from 2 to 10")
     curves: dict[str, list[list[float]]] = {side: [] for side in SIDES}
     for seed, side in tqdm([(seed, side) for seed in range(args.seeds) for side in SIDES], desc="runs"):
-        curves[side].append(run(side, seed, args.updates))
+        words = ["--seed", str(seed), "--updates", str(args.updates)]
+        curves[side].append(run("_ppo_citizens_side", side, *words)["reward"])
     ends = {side: [round(last_quarter(curve), 3) for curve in found] for side, found in curves.items()}
     gain = difference(ends["ours"], ends["trl"])
     if args.plot:

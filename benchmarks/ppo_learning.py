@@ -25,6 +25,7 @@ from benchmarks.ppo_learning_plot import plot
 from benchmarks.ppo_pools import Pool, best_of, draw_pool, wins, worth
 from deliberation.citizens import Group
 from deliberation.questions import load_questions
+from deliberation.types import InputError
 from demo import IN_OTHER_WORDS, deliberation_rows, draw_groups, stage_config
 from embedded import resolve
 from evaluation.gold import held_out_groups, make_gold_observer
@@ -87,6 +88,19 @@ def pool_of(args: argparse.Namespace, policy: str, groups: list[Group], path: Pa
         return Pool(**found)
 
 
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Note the settings in ``folder``, or refuse what was kept there with others.
+
+    Raises:
+        InputError: field ``output``.
+    """
+    path = folder / "settings.json"
+    if not path.is_file():
+        path.write_text(json.dumps(settings))
+    elif json.loads(path.read_text()) != settings:
+        raise InputError("output", str(folder), f"holds runs of {path.read_text()}; name another folder")
+
+
 def interval(outcomes: Array) -> dict[str, Any]:
     """Mean of [seeds, groups], its 95 % interval by resampling seeds and groups, and the seeds' means."""
     rng, (seeds, groups) = np.random.default_rng(0), outcomes.shape
@@ -126,6 +140,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
+    names = ("policy", "preference_model", "updates", "every", "groups")
+    check_settings(args.output, {name: getattr(args, name) for name in names})
     # 1. SFT, on the groups of the measurement and on those of the learning curves
     groups = held_out_groups(load_questions("test"), args.groups, GROUPS_SEED)
     sft = pool_of(args, resolve(args.policy), groups, args.output / "sft.npz", seed=1)

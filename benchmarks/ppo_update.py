@@ -31,8 +31,8 @@ ANCHOR_PYTHON = Path(".venv-anchors/bin/python")
 """Made by ``make bench-anchors``."""
 
 
-def run(side: str, updates: int) -> dict[str, Any]:
-    """One process of one side: ``cpu_s`` (a list, one an update) and ``peak_gib``.
+def run(module: str, side: str, *words: str) -> dict[str, Any]:
+    """The JSON line of ``python -m benchmarks.MODULE --side SIDE WORDS``; side ``trl`` in TRL's virtual environment.
 
     Raises:
         InputError: field ``anchor``, if TRL's virtual environment is missing.
@@ -41,9 +41,9 @@ def run(side: str, updates: int) -> dict[str, Any]:
     if side == "trl" and not ANCHOR_PYTHON.is_file():
         raise InputError("anchor", str(ANCHOR_PYTHON), "is missing; run `make bench-anchors` first")
     python = str(ANCHOR_PYTHON) if side == "trl" else sys.executable
-    command = [python, "-m", "benchmarks._ppo_side", "--side", side, "--updates", str(updates)]
+    command = [python, "-m", f"benchmarks.{module}", "--side", side, *words]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    done = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=3600)
     if done.returncode:
         raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -68,7 +68,7 @@ def main() -> None:
     sides = ["trl"] * args.anchor + ["ours", "recommended"]
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _, side in tqdm([(k, side) for k in range(args.runs) for side in sides], desc="processes"):
-        found[side].append(run(side, args.updates))
+        found[side].append(run("_ppo_side", side, "--updates", str(args.updates)))
     anchor = summary(found["trl"], None)["cpu_s"] if args.anchor else None
     figures = {side: summary(runs, None if side == "trl" else anchor) for side, runs in found.items()}
     if not args.json:

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.ppo_learning import interval
+from benchmarks.ppo_learning import check_settings, interval
 from benchmarks.ppo_learning_plot import plot
 from benchmarks.ppo_pools import Pool, best_of, draw_pool, wins, worth
+from deliberation.types import InputError
 from demo import draw_groups, stage_config
 from embedded import resolve
 from reward.preference import PreferenceModel
@@ -57,3 +58,10 @@ def test_pools_of_the_embedded_writer_and_their_plot(tmp_path):
     run = [{"kl": 0.0, "welfare": 3.0, "predicted": 3.1}, {"kl": 2.0, "welfare": 4.0, "predicted": 4.2}]
     plot({"ppo": [run]}, [{"kl": 0.0, "welfare": 3.0, "predicted": 3.0}], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_what_was_kept_with_other_settings_is_not_reported_under_these(tmp_path):
+    check_settings(tmp_path, {"updates": 40})
+    check_settings(tmp_path, {"updates": 40})
+    with pytest.raises(InputError, match="updates"):
+        check_settings(tmp_path, {"updates": 80})
