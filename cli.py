@@ -27,11 +27,15 @@ from deliberation.types import InputError
 
 
 class Stage(NamedTuple):
-    """Where a subcommand lives: ``module`` has the dataclass ``config`` and the function ``main(config)``."""
+    """Where a subcommand lives: ``module`` has the dataclass ``config`` and the function ``main(config)``.
+
+    ``word`` is the key that a first word without dashes stands for, as in ``consensus keys list``.
+    """
 
     module: str
     config: str
     help: str
+    word: str | None = None
 
 
 STAGES = {
@@ -40,6 +44,8 @@ STAGES = {
     "ppo": Stage("rl.train", "PPOScriptConfig", "optimise the policy for the group's welfare with PPO"),
     "compare": Stage("evaluation.compare", "CompareConfig", "compare policies on held-out deliberations"),
     "serve": Stage("serving.deployments", "ServeConfig", "serve consensus statements over HTTP with Ray Serve"),
+    "ask": Stage("serving.ask", "AskConfig", "put a group's opinions to a running service: ask FILE", "request"),
+    "keys": Stage("serving.manage_keys", "KeysConfig", "API keys of the service: keys create|list|revoke", "action"),
     "demo": Stage("demo", "DemoConfig", "run all stages on the embedded models, from data to a served answer"),
 }
 
@@ -75,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in STAGES:
             raise InputError("stage", name, f"must be one of {', '.join(STAGES)}; see `consensus --help`")
+        named = STAGES[name].word
+        if named is not None and words and not words[0].startswith("-"):
+            words[:1] = [f"--{named}", words[0]]
         # A mistyped file name should not cost the import of torch.
         config_path = _config_path(name, words)
         run, config = _parse(name, config_path, words)

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-MAX_MEMBERS = 64
-"""Members one synchronous request may name (serving and training share the limit)."""
+MAX_MEMBERS = 1000
+"""Members of one deliberation (serving and training share the limit)."""
 
 MAX_OPINION_CHARS = 2000
 """Characters one opinion (or question) may have: about 200 words, the paper's upper limit, with room to spare."""

@@ -1,4 +1,4 @@
-"""The HTTP interface: routes, checks, problem+json. No Ray and no torch in it.
+"""The HTTP interface: routes and what stands before them. No Ray and no torch in it.
 
 ``make_app(services)`` serves models wherever they are; ``serving.local.LocalServices`` has them in this process.
 """
@@ -6,105 +6,310 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import math
+import json
 import re
-import uuid
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+import numpy as np
+from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.sse import EventSourceResponse, format_sse_event
+from sqlalchemy import Engine
 
 from deliberation.types import InputError
-from serving.best_of_n import NoStatement, Plan, make_plan
-from serving.config import ServeConfig
-from serving.result import Consensus
-from serving.schemas import ConsensusRequest, ConsensusResponse, FieldError, Health, Problem
+from reward.welfare import welfare
+from serving.answering import Report, Services, carry_out, silent
+from serving.background import Background, stream_until_gone, under_lease
+from serving.best_of_n import Plan, make_plan
+from serving.checks import MAX_WAITING_MEMBERS, welfare_used
+from serving.config import DEFAULT_POLICY, ServeConfig
+from serving.guard import MAX_BODY_BYTES, Guard
+from serving.keys import CONSENSUS, Caller, Doorkeeper
+from serving.ledger import DONE, FAILED, Entry, Ledger
+from serving.metrics import Metrics, ProcessMetrics
+from serving.problems import MEDIA_TYPE, ApiError, Overloaded, add_problem_handlers
+from serving.schemas import (
+    AggregateRequest,
+    AggregateResponse,
+    ConsensusRequest,
+    ConsensusResponse,
+    Health,
+    Models,
+    Problem,
+    RequestState,
+    ScoreRequest,
+    ScoreResponse,
+    welfare_out,
+)
+from serving.store import open_store
 
-log = logging.getLogger(__name__)
+__all__ = ["MAX_BODY_BYTES", "Overloaded", "Services", "make_app"]
 
-MAX_BODY_BYTES = 2 * 2**20
-"""Largest request body: 64 opinions of 2 000 characters fit even with every character escaped as \\uXXXX."""
-
-URN = "urn:consensus-machine:problem:"
+VERSION = "1"
 DESCRIPTION = "Statements a group would endorse, and who would not: sampled, scored for every member, chosen."
+PATH = "/v1/consensus"
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_TEXTS = {
+    401: "No valid key",
+    403: "The key does not allow this",
+    404: "Nothing there",
+    409: "A request with this idempotency key is in progress",
+    413: "Body too large",
+    422: "Bad input",
+    429: "Overloaded, or too many requests with this key; see Retry-After",
+    500: "Fault of the service",
+    504: "Out of time",
+}
 
 
-class Overloaded(RuntimeError):
-    """The models' queue is full; try again after ``retry_after_s`` seconds."""
-
-    def __init__(self, retry_after_s: int = 2):
-        super().__init__("the queue is full")
-        self.retry_after_s = retry_after_s
-
-
-class Services(Protocol):
-    """The models behind the interface."""
-
-    policies: tuple[str, ...]
-
-    async def consensus(self, plan: Plan) -> Consensus:
-        """Answer a planned request (InputError, NoStatement, Overloaded)."""
-
-    async def versions(self) -> dict[str, str]:
-        """Prints of the weights: ``preference_model`` and ``policy:NAME``; fails if a model does not answer."""
-
-
-def make_app(services: Services, config: ServeConfig | None = None, *, echo_request_id: bool = True) -> FastAPI:
+def make_app(
+    services: Services,
+    config: ServeConfig | None = None,
+    *,
+    engine: Engine | None = None,
+    metrics: Metrics | None = None,
+    echo_request_id: bool = True,
+) -> FastAPI:
     """The application.
 
     Args:
         services: the models.
-        config: defaults for what requests leave out, and the time limit.
+        config: defaults for what requests leave out, time limits, keys.
+        engine: the database; None opens ``config.database``.
+        metrics: where requests are counted; None counts in this process.
         echo_request_id: False behind Ray Serve's proxy, which echoes ``X-Request-Id`` itself.
     """
     defaults = config or ServeConfig()
-    app = FastAPI(title="consensus-machine", version="1", description=DESCRIPTION)
-    app.add_middleware(_Guard, echo_request_id=echo_request_id)
-    _add_problem_handlers(app)
-    problems: dict[int | str, dict[str, Any]] = {
-        status: {"model": Problem, "description": text}
-        for status, text in (
-            (413, "Body too large"),
-            (422, "Bad input"),
-            (500, "Fault of the service"),
-            (503, "Overloaded; see Retry-After"),
-            (504, "Out of time"),
-        )
-    }
+    store = open_store(defaults.database) if engine is None else engine
+    counts = metrics or ProcessMetrics()
+    app = FastAPI(title="consensus-machine", version=VERSION, description=DESCRIPTION)
+    app.add_middleware(Guard, metrics=counts, echo_request_id=echo_request_id)
+    add_problem_handlers(app)
+    admit = _admission(Doorkeeper(store if defaults.require_keys else None))
+    _add_consensus(app, Desk(services, defaults, Ledger(store), counts), admit)
+    _add_pure(app, services, defaults, admit)
+    _add_health(app, services, defaults, counts)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
 
-    @app.post("/v1/consensus", responses=problems, summary="The statement a group would endorse")
-    async def consensus(body: ConsensusRequest) -> ConsensusResponse:
-        """Samples ``n`` statements from the policy, predicts every member's agreement with each, and returns the
-        one with the highest welfare, with all candidates, likely dissenters and what other welfare functions
-        would have chosen."""
-        if body.policy not in services.policies:
-            raise InputError("policy", body.policy, f"must be one of {', '.join(services.policies)}")
-        plan = make_plan(
+
+class Desk:
+    """Takes consensus requests: answers them at once, from the record, or in the background."""
+
+    def __init__(self, services: Services, defaults: ServeConfig, ledger: Ledger, metrics: Metrics):
+        self.services, self.defaults, self.ledger, self.metrics = services, defaults, ledger, metrics
+        self.background = Background(ledger, self._recorded, defaults.background_timeout_s)
+
+    def plan(self, body: ConsensusRequest) -> Plan:
+        """The request with the service's defaults.
+
+        Raises:
+            InputError: naming the field.
+        """
+        if body.policy not in self.services.policies:
+            raise InputError("policy", body.policy, f"must be one of {', '.join(self.services.policies)}")
+        return make_plan(
             body.question,
             body.opinions,
             policy=body.policy,
-            n=defaults.num_candidates if body.n is None else body.n,
-            welfare=defaults.welfare if body.welfare is None else body.welfare,
-            uncertainty_penalty=defaults.uncertainty_penalty,
-            seed=defaults.seed if body.seed is None else body.seed,
+            n=self.defaults.num_candidates if body.n is None else body.n,
+            welfare=self.defaults.welfare if body.welfare is None else body.welfare,
+            uncertainty_penalty=self.defaults.uncertainty_penalty,
+            seed=self.defaults.seed if body.seed is None else body.seed,
         )
-        result = await asyncio.wait_for(services.consensus(plan), defaults.request_timeout_s)
-        return ConsensusResponse.of(result)
 
-    @app.get("/healthz", responses={503: problems[503], 504: problems[504]}, summary="Is the service ready?")
-    async def healthz() -> Health:
-        """Asks every model for its version; answers when all have."""
+    async def answer(self, body: ConsensusRequest, report: Report = silent) -> ConsensusResponse:
+        """The response, computed now."""
+        return ConsensusResponse.of(await carry_out(self.services, self.plan(body), self.metrics, report))
+
+    async def _recorded(self, body: str, report: Report) -> Any:
+        return (await self.answer(ConsensusRequest.model_validate_json(body), report)).model_dump(mode="json")
+
+    async def record(self, body: ConsensusRequest, caller: Caller, key: str | None) -> tuple[Entry, bool]:
+        """``Ledger.open``: the entry, and whether it is to be carried out here."""
+        return await asyncio.to_thread(self.ledger.open, caller.id, key, body.model_dump_json(exclude={"stream"}))
+
+    async def once(self, body: ConsensusRequest, caller: Caller, key: str) -> tuple[Any, bool]:
+        """The JSON response under an idempotency key, and whether it is a repetition.
+
+        Raises:
+            ApiError: ``in-progress``, ``idempotency-mismatch``; and whatever answering raises: the key is free again
+                then.
+        """
+        entry, mine = await self.record(body, caller, key)
+        if not mine:
+            if entry.state == DONE and entry.answer is not None:
+                return json.loads(entry.answer), True
+            detail = "wait for the first request to end, or ask for its state"
+            raise ApiError("in-progress", detail, {"Retry-After": "1", "Location": f"{PATH}/{entry.id}"})
+        try:
+            work = asyncio.wait_for(self.answer(body), self.defaults.request_timeout_s)
+            response = (await under_lease(self.ledger, entry, work)).model_dump(mode="json")
+        except BaseException:  # a cancelled request too
+            await asyncio.to_thread(self.ledger.release, entry)
+            raise
+        await asyncio.to_thread(self.ledger.finish, entry, DONE, response)
+        return response, False
+
+
+def _add_consensus(app: FastAPI, desk: Desk, admit: Callable[[str], Any]) -> None:
+    owner = Depends(admit(CONSENSUS))
+    later = {202: {"model": RequestState, "description": "It is being answered; see Location"}}
+
+    @app.post(PATH, responses=later | _problems(401, 403, 409, 413, 422, 429, 500, 504))
+    async def consensus(
+        body: ConsensusRequest,
+        caller: Caller = owner,
+        idempotency_key: Annotated[str | None, Header(description="At most 255 visible ASCII characters")] = None,
+        prefer: Annotated[str | None, Header(description="`respond-async` answers in the background")] = None,
+    ) -> ConsensusResponse:
+        """The statement a group would endorse.
+
+        Samples ``n`` statements from the policy, predicts every member's agreement with each, and returns the one with
+        the highest welfare, with all candidates, likely dissenters and what other welfare functions would have
+        chosen. With an ``Idempotency-Key``, a repeated request gets the first answer."""
+        if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
+            raise InputError("Idempotency-Key", idempotency_key, "give 1 to 255 visible ASCII characters")
+        desk.plan(body)  # bad input is refused now, whoever answers
+        asked = prefer is not None and "respond-async" in prefer.lower().replace(" ", "").split(",")
+        if body.stream or asked or len(body.opinions) > MAX_WAITING_MEMBERS:
+            return await _accept(desk, body, caller, idempotency_key)  # type: ignore[return-value]
+        if idempotency_key is None:
+            return await asyncio.wait_for(desk.answer(body), desk.defaults.request_timeout_s)
+        answer, repeated = await desk.once(body, caller, idempotency_key)
+        headers = {"Idempotent-Replayed": "true"} if repeated else None
+        return JSONResponse(answer, headers=headers)  # type: ignore[return-value]
+
+    @app.get(PATH + "/{request_id}", responses=_problems(401, 403, 404, 429, 500))
+    async def state(request_id: str, caller: Caller = owner) -> RequestState:
+        """How a request in the background stands."""
+        return state_of(await desk.background.look(request_id, caller.id))
+
+    @app.delete(PATH + "/{request_id}", status_code=204, responses=_problems(401, 403, 404, 429, 500))
+    async def erase(request_id: str, caller: Caller = owner) -> None:
+        """End a request, if it is running, and erase what was recorded of it."""
+        await asyncio.to_thread(desk.ledger.erase, request_id, caller.id)
+
+    events = {200: {"content": {"text/event-stream": {}}, "description": "queued, candidate, scored; done or error"}}
+
+    @app.get(PATH + "/{request_id}/events", responses=events | _problems(401, 403, 404, 422, 429, 500))
+    async def follow(
+        request_id: str,
+        caller: Caller = owner,
+        last_event_id: Annotated[int | None, Header(ge=0, le=2**31, description="Go on behind this event")] = None,
+    ) -> Response:
+        """The request's server-sent events, from the first one or behind ``Last-Event-ID``."""
+        await desk.background.look(request_id, caller.id)  # a problem has its status before the stream begins
+        first = 0 if last_event_id is None else last_event_id + 1
+        return event_response(desk, request_id, caller, first)
+
+
+async def _accept(desk: Desk, body: ConsensusRequest, caller: Caller, key: str | None) -> Response:
+    entry, mine = await desk.record(body, caller, key)
+    if mine:
+        desk.background.start(entry)
+    if body.stream:
+        return event_response(desk, entry.id, caller, 0)
+    headers = {"Location": f"{PATH}/{entry.id}", "Retry-After": "1", "Preference-Applied": "respond-async"}
+    return JSONResponse(state_of(entry).model_dump(mode="json"), 202, headers)
+
+
+def event_response(desk: Desk, entry_id: str, caller: Caller, first: int) -> Response:
+    """The entry's events from number ``first`` on, as a stream."""
+    found = stream_until_gone(desk.background.events(entry_id, caller.id, first))
+
+    async def lines() -> AsyncIterator[bytes]:
+        async for one in found:
+            yield format_sse_event(data_str=one.raw_data, event=one.event, id=one.id)
+
+    headers = {"Location": f"{PATH}/{entry_id}", "X-Accel-Buffering": "no", "Cache-Control": "no-store"}
+    return EventSourceResponse(lines(), headers=headers)
+
+
+def state_of(entry: Entry) -> RequestState:
+    """What a client is told of an entry."""
+    answer = None if entry.answer is None else json.loads(entry.answer)
+    result = ConsensusResponse.model_validate(answer) if entry.state == DONE else None
+    problem = Problem.model_validate(answer) if entry.state == FAILED else None
+    return RequestState(
+        id=entry.id,
+        status=entry.state,
+        created=entry.created,
+        result=result,
+        problem=problem,  # type: ignore[arg-type]
+    )
+
+
+def _add_pure(app: FastAPI, services: Services, defaults: ServeConfig, admit: Callable[[str], Any]) -> None:
+    owner = Depends(admit(CONSENSUS))
+
+    @app.post("/v1/score", responses=_problems(401, 403, 413, 422, 429, 500, 504))
+    async def score(body: ScoreRequest, caller: Caller = owner) -> ScoreResponse:
+        """What every member is predicted to think of every statement."""
+        work = services.judge.judge(body.question, body.opinions, body.statements)
+        found = await asyncio.wait_for(work, defaults.request_timeout_s)
+        return ScoreResponse(
+            utilities=np.asarray(found.utilities).tolist(),
+            agree=np.asarray(found.probabilities)[..., 4:].sum(axis=-1).clip(0, 1).tolist(),
+            scores=np.asarray(found.raw).tolist(),
+            sd=None if found.sd is None else np.asarray(found.sd).tolist(),
+            preference_model_weights=found.version,
+        )
+
+    @app.post("/v1/aggregate", responses=_problems(401, 403, 413, 422, 429, 500))
+    async def aggregate(body: AggregateRequest, caller: Caller = owner) -> AggregateResponse:
+        """One number a statement from utilities that you bring, and the order that follows. No model is asked."""
+        used = welfare_used(body.welfare)
+        values = np.asarray(welfare(body.utilities, used.function, body.weights))
+        ranking = sorted(range(len(values)), key=lambda i: (-values[i], i))
+        return AggregateResponse(welfare=values.tolist(), ranking=ranking, welfare_used=welfare_out(used))
+
+    @app.get("/v1/models", responses=_problems(401, 403, 429, 500, 504))
+    async def models(caller: Caller = owner) -> Models:
+        """The policies a request may name, and which weights answer."""
         versions = await asyncio.wait_for(services.versions(), defaults.request_timeout_s)
-        return Health(status="ok", policies=list(services.policies), versions=versions)
+        policies = {name: versions[f"policy:{name}"] for name in services.policies}
+        return Models(default_policy=DEFAULT_POLICY, policies=policies, preference_model=versions["preference_model"])
 
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    return app
+
+def _add_health(app: FastAPI, services: Services, defaults: ServeConfig, metrics: Metrics) -> None:
+    @app.get("/healthz")
+    async def healthz() -> Health:
+        """Is the process up?"""
+        return Health(status="ok")
+
+    @app.get("/readyz", responses=_problems(429, 500, 504))
+    async def readyz() -> Health:
+        """Do all models answer?"""
+        await asyncio.wait_for(services.versions(), defaults.request_timeout_s)
+        return Health(status="ok")
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus() -> str:
+        """Counts, in Prometheus' text format."""
+        return await metrics.text()
+
+
+def _admission(door: Doorkeeper) -> Callable[[str], Any]:
+    bearer = HTTPBearer(auto_error=False, description="A key of `consensus keys create`, where keys are required")
+    credentials = Depends(bearer)
+
+    def admit(scope: str) -> Any:
+        async def caller(request: Request, sent: HTTPAuthorizationCredentials | None = credentials) -> Caller:
+            found = await asyncio.to_thread(door.admit, None if sent is None else sent.credentials, scope)
+            request.state.caller = found.id
+            return found
+
+        return caller
+
+    return admit
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Problem, "description": _TEXTS[status]} for status in statuses}
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
@@ -115,149 +320,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             for operation in path.values():
                 for status, response in operation["responses"].items():
                     if int(status) >= 400:
-                        response["content"] = {"application/problem+json": response["content"]["application/json"]}
+                        content = {"schema": {"$ref": "#/components/schemas/Problem"}}
+                        response["content"] = {MEDIA_TYPE: content}
         app.openapi_schema = schema
     return app.openapi_schema
-
-
-# --- problems -------------------------------------------------------------------------------------------------
-
-
-def problem(
-    status: int,
-    title: str,
-    detail: str,
-    *,
-    kind: str = "about:blank",
-    errors: list[FieldError] | None = None,
-    headers: dict[str, str] | None = None,
-) -> JSONResponse:
-    """An ``application/problem+json`` response."""
-    body = Problem(type=kind, title=title, status=status, detail=detail, errors=errors or [])
-    return JSONResponse(body.model_dump(), status, headers, media_type="application/problem+json")
-
-
-def bad_input(errors: list[FieldError]) -> JSONResponse:
-    """422 with one entry a field."""
-    detail = "; ".join(f"{error.field}: {error.mend}" for error in errors)
-    return problem(422, "Bad input", detail, kind=f"{URN}bad-input", errors=errors)
-
-
-def shown(value: object) -> Any:
-    """``value`` as JSON can carry it back: short, with no NaN, no infinity and no lone surrogates."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    if isinstance(value, int) and abs(value) < 2**63:
-        return value
-    text = value if isinstance(value, str) else repr(value)
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def field_errors(error: RequestValidationError) -> list[FieldError]:
-    """FastAPI's findings in our words; checks of our own (InputError) keep theirs."""
-    found = []
-    for item in error.errors():
-        name = _field_name(item["loc"])
-        cause = item.get("ctx", {}).get("error")
-        value, mend = item.get("input"), item["msg"].replace("Input should be", "must be")
-        if isinstance(cause, InputError):
-            value, mend = cause.value, cause.mend
-        elif item["type"] == "missing":
-            value, mend = None, "is missing; add it"
-        elif item["type"] == "extra_forbidden":
-            mend = f"is not a field of this request; the fields are {', '.join(ConsensusRequest.model_fields)}"
-        elif item["type"] == "json_invalid":
-            name, value, mend = "body", None, "is not valid JSON; send one JSON object"
-        found.append(FieldError(field=name, value=shown(value), mend=mend))
-    return found
-
-
-def _field_name(location: tuple[int | str, ...]) -> str:
-    """``("body", "opinions", 2)`` -> ``opinions[2]``."""
-    name = ""
-    for part in location[1:]:
-        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else str(part)
-    return str(shown(name)) if name else "body"
-
-
-def _add_problem_handlers(app: FastAPI) -> None:
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return bad_input(field_errors(error))
-
-    @app.exception_handler(InputError)
-    async def refused(request: Request, error: InputError) -> JSONResponse:
-        return bad_input([FieldError(field=error.field, value=shown(error.value), mend=error.mend)])
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        where = f"{request.method} {request.url.path}"
-        headers = dict(error.headers) if error.headers else None
-        return problem(error.status_code, str(error.detail), f"{where}: see /docs for what there is", headers=headers)
-
-    @app.exception_handler(Overloaded)
-    async def overloaded(request: Request, error: Overloaded) -> JSONResponse:
-        headers = {"Retry-After": str(error.retry_after_s)}
-        return problem(
-            503, "Overloaded", "the queue is full; try again later", kind=f"{URN}overloaded", headers=headers
-        )
-
-    @app.exception_handler(TimeoutError)
-    async def late(request: Request, error: TimeoutError) -> JSONResponse:
-        return problem(
-            504, "Out of time", "the models took too long; ask for fewer candidates", kind=f"{URN}out-of-time"
-        )
-
-    @app.exception_handler(NoStatement)
-    async def silent(request: Request, error: NoStatement) -> JSONResponse:
-        return problem(500, "No statement", str(error), kind=f"{URN}no-statement")
-
-    @app.exception_handler(Exception)
-    async def fault(request: Request, error: Exception) -> JSONResponse:
-        # Starlette raises the error again once this is sent, so the server logs it with its traceback.
-        headers = {"X-Request-Id": request.state.request_id} if request.state.echo else None
-        detail = f"a fault of the service, not of the request; its log has request {request.state.request_id}"
-        log.error("request %s failed", request.state.request_id)
-        return problem(500, "Internal error", detail, headers=headers)
-
-
-# --- middleware -----------------------------------------------------------------------------------------------
-
-
-class _TooLarge(HTTPException):
-    def __init__(self) -> None:
-        super().__init__(413, f"Body too large: at most {MAX_BODY_BYTES} bytes")
-
-
-class _Guard:
-    """Gives every request an id, echoes it as ``X-Request-Id``, and stops reading bodies that are too large."""
-
-    def __init__(self, app: ASGIApp, echo_request_id: bool):
-        self.app, self.echo = app, echo_request_id
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex
-        scope.setdefault("state", {}).update(request_id=request_id, echo=self.echo)
-        received = 0
-
-        async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise _TooLarge
-            return message
-
-        async def named(message: Message) -> None:
-            if message["type"] == "http.response.start" and self.echo:
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
-            await send(message)
-
-        await self.app(scope, limited, named)

@@ -10,6 +10,9 @@ from serving.result import WelfareUsed
 MAX_CANDIDATES = 64
 """Candidates one synchronous request may ask for."""
 
+MAX_WAITING_MEMBERS = 64
+"""Members of a group whose request may be waited for; larger groups are answered in the background."""
+
 MAX_SEED = 2**53 - 1
 """Largest seed: the largest integer every JSON client can carry exactly."""
 

@@ -8,9 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from deliberation.types import MAX_MEMBERS, MAX_OPINION_CHARS, InputError
-from serving.checks import MAX_CANDIDATES, MAX_SEED, check_count, check_readable, check_seed, check_welfare
+from serving.checks import (
+    MAX_CANDIDATES,
+    MAX_SEED,
+    MAX_WAITING_MEMBERS,
+    check_count,
+    check_readable,
+    check_seed,
+    check_welfare,
+)
 from serving.config import DEFAULT_POLICY
-from serving.result import Consensus
+from serving.result import Consensus, WelfareUsed
 
 
 def _text(value: str) -> str:
@@ -22,6 +30,28 @@ def _group(value: list[str]) -> list[str]:
         raise InputError("opinions", value, "the group is empty; give at least one opinion")
     if len(value) > MAX_MEMBERS:
         raise InputError("opinions", f"{len(value)} opinions", f"give at most {MAX_MEMBERS}")
+    return value
+
+
+def _waiting_group(value: list[str]) -> list[str]:
+    if len(value) > MAX_WAITING_MEMBERS:
+        raise InputError("opinions", f"{len(value)} opinions", f"give at most {MAX_WAITING_MEMBERS} at a time")
+    return _group(value)
+
+
+def _statements(value: list[str]) -> list[str]:
+    if not 1 <= len(value) <= MAX_CANDIDATES:
+        raise InputError("statements", f"{len(value)} statements", f"give 1 to {MAX_CANDIDATES}")
+    return value
+
+
+def _rectangle(value: list[list[float]]) -> list[list[float]]:
+    if not value or not value[0] or len({len(row) for row in value}) > 1:
+        shape = [len(row) for row in value][:10]
+        raise InputError("utilities", f"rows of {shape}", "give one row a member, all of the same length, not empty")
+    if len(value) > MAX_MEMBERS or len(value[0]) > MAX_MEMBERS:
+        mend = f"give at most {MAX_MEMBERS} members and {MAX_MEMBERS} statements"
+        raise InputError("utilities", f"{len(value)} x {len(value[0])}", mend)
     return value
 
 
@@ -64,7 +94,8 @@ class ConsensusRequest(_Model):
     opinions: Annotated[
         list[Text], AfterValidator(_group), Field(json_schema_extra={"minItems": 1, "maxItems": MAX_MEMBERS})
     ]
-    """One text a member; the answer counts members in this order, from 0."""
+    """One text a member; the answer counts members in this order, from 0. A group of more than 64 is answered in the
+    background (202)."""
 
     n: Annotated[int, AfterValidator(check_count)] | None = Field(
         default=None, json_schema_extra={"minimum": 1, "maximum": MAX_CANDIDATES}
@@ -78,12 +109,16 @@ class ConsensusRequest(_Model):
     (nash)."""
 
     policy: str = DEFAULT_POLICY
-    """Name of the policy that writes the candidates; ``GET /healthz`` lists the names."""
+    """Name of the policy that writes the candidates; ``GET /v1/models`` lists the names."""
 
     seed: Annotated[int, AfterValidator(check_seed)] | None = Field(
         default=None, json_schema_extra={"minimum": 0, "maximum": MAX_SEED}
     )
     """Same seed, models and request: same answer. Default: the service's seed (0)."""
+
+    stream: bool = False
+    """Answer with server-sent events: ``queued``, ``candidate``, ``scored``, and at the end ``done`` (its data is the
+    response) or ``error`` (a problem). The request goes on if the connection breaks; ``GET .../events`` resumes."""
 
 
 class WelfareOut(_Model):
@@ -220,23 +255,19 @@ class ConsensusResponse(_Model):
     @classmethod
     def of(cls, consensus: Consensus) -> ConsensusResponse:
         """The response for a library result."""
-        data: dict[str, Any] = asdict(consensus)
-        if data["welfare_used"]["alpha"] == float("inf"):  # JSON has no infinity
-            data["welfare_used"]["alpha"] = "inf"
-        return cls.model_validate(data)
+        return cls.model_validate(asdict(consensus) | {"welfare_used": welfare_out(consensus.welfare_used)})
+
+
+def welfare_out(used: WelfareUsed) -> WelfareOut:
+    """The welfare function as JSON has it: there is no infinity."""
+    return WelfareOut(name=used.name, alpha="inf" if used.alpha == float("inf") else used.alpha)
 
 
 class Health(_Model):
-    """The service is up and its models answer."""
+    """The process is up (``/healthz``), or its models answer too (``/readyz``)."""
 
     status: Literal["ok"]
-    """Always ``ok``; a service that is not answers 503."""
-
-    policies: list[str]
-    """Names of the policies a request may ask for."""
-
-    versions: dict[str, str]
-    """Short SHA-256 of the weights: ``preference_model``, and ``policy:NAME`` for each policy."""
+    """Always ``ok``; what is not ok is an error."""
 
 
 class FieldError(_Model):
@@ -263,6 +294,7 @@ class Problem(_Model):
                     "title": "Bad input",
                     "status": 422,
                     "detail": "n: must be an integer from 1 to 64",
+                    "retryable": False,
                     "errors": [{"field": "n", "value": 0, "mend": "must be an integer from 1 to 64"}],
                 }
             ]
@@ -281,5 +313,106 @@ class Problem(_Model):
     detail: str
     """This very problem, in one line."""
 
+    retryable: bool
+    """Whether the same request may succeed later; wait for ``Retry-After`` seconds, if the response says so."""
+
     errors: list[FieldError]
     """One entry a field at fault; empty where no field is."""
+
+
+class RequestState(_Model):
+    """A request that is answered in the background."""
+
+    id: str
+    """Its id."""
+
+    status: Literal["running", "done", "failed"]
+    """``running`` until there is a result or a problem."""
+
+    created: float
+    """When it was made, seconds since 1970."""
+
+    result: ConsensusResponse | None = None
+    """The answer, once done."""
+
+    problem: Problem | None = None
+    """What went wrong, if it failed."""
+
+
+class ScoreRequest(_Model):
+    """Statements to be judged for every member of a group. Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    question: Text
+    """The question the group discusses."""
+
+    opinions: Annotated[
+        list[Text], AfterValidator(_waiting_group), Field(json_schema_extra={"minItems": 1, "maxItems": 64})
+    ]
+    """One text a member."""
+
+    statements: Annotated[
+        list[Text], AfterValidator(_statements), Field(json_schema_extra={"minItems": 1, "maxItems": MAX_CANDIDATES})
+    ]
+    """What they are asked to agree with."""
+
+
+class ScoreResponse(_Model):
+    """What every member is predicted to think of every statement: rows are members, columns statements."""
+
+    utilities: list[list[float]]
+    """Expected ratings, 1 to 7."""
+
+    agree: list[list[float]]
+    """Probabilities of a rating above 4."""
+
+    scores: list[list[float]]
+    """Raw preference-model scores."""
+
+    sd: list[list[float]] | None
+    """How sure the model is: standard deviations of the utilities; null without an ensemble."""
+
+    preference_model_weights: str
+    """Short SHA-256 of the preference model's weights."""
+
+
+class AggregateRequest(_Model):
+    """Utilities to be made one number a statement. Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    utilities: Annotated[list[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]], AfterValidator(_rectangle)]
+    """One row a member, one column a statement; positive, on any one scale."""
+
+    welfare: Annotated[str | float, BeforeValidator(check_welfare)] = "nash"
+    """As in a consensus request."""
+
+    weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    """One number >= 0 a member; default: equal."""
+
+
+class AggregateResponse(_Model):
+    """Statements by welfare."""
+
+    welfare: list[float]
+    """Of each statement, on the scale of the utilities."""
+
+    ranking: list[int]
+    """Indices of the statements, the best first; equals in their order."""
+
+    welfare_used: WelfareOut
+    """Name and alpha of the welfare function."""
+
+
+class Models(_Model):
+    """The models that answer."""
+
+    default_policy: str
+    """Which policy answers a request that names none."""
+
+    policies: dict[str, str]
+    """Name -> short SHA-256 of its weights."""
+
+    preference_model: str
+    """Short SHA-256 of the preference model's weights."""

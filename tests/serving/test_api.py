@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -27,23 +27,35 @@ from tiny import make_judge, make_policy, make_tokenizer
 OPINIONS = ["Yes, for all.", "No.", "Only green tea."]
 REQUEST = {"question": "Should tea be free?", "opinions": OPINIONS, "n": 4, "seed": 3}
 SAMPLING = Sampling(max_new_tokens=12)
-CONFIG = ServeConfig(max_new_tokens=12, num_candidates=3)
 
 
 @pytest.fixture(scope="module")
-def services():
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    return ServeConfig(max_new_tokens=12, num_candidates=3, database=f"sqlite:///{folder}/service.db")
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A sampler, another one and a judge: tiny, random."""
     tokenizer = make_tokenizer()
     policies = {
         "default": LocalSampler(make_policy(tokenizer), tokenizer, SAMPLING),
         "other": LocalSampler(make_policy(tokenizer, seed=1), tokenizer, SAMPLING),
     }
     calibration = Calibration((-3.0, -2.0, -1.0, 1.0, 2.0, 3.0), 2.0)
-    return LocalServices(policies, LocalJudge(PreferenceModel(make_judge(tokenizer), tokenizer, calibration, {})))
+    return policies, LocalJudge(PreferenceModel(make_judge(tokenizer), tokenizer, calibration, {}))
 
 
 @pytest.fixture(scope="module")
-def client(services):
-    return TestClient(make_app(services, CONFIG))
+def services(models):
+    return LocalServices(*models)
+
+
+@pytest.fixture(scope="module")
+def client(services, config):
+    with TestClient(make_app(services, config)) as client:  # one event loop: work in the background needs it
+        yield client
 
 
 def post(client, **change):
@@ -55,7 +67,8 @@ def assert_problem(response, status):
     assert response.status_code == status
     assert response.headers["content-type"] == "application/problem+json"
     problem = response.json()
-    assert set(problem) == {"type", "title", "status", "detail", "errors"}
+    assert set(problem) == {"type", "title", "status", "detail", "retryable", "errors"}
+    assert problem["retryable"] == (status in (408, 409, 429) or status >= 500)  # what clients retry by themselves
     assert problem["status"] == status
     return problem
 
@@ -63,11 +76,9 @@ def assert_problem(response, status):
 # --- answers --------------------------------------------------------------------------------------------------
 
 
-def test_the_answer_is_the_librarys(client, services):
+def test_the_answer_is_the_librarys(client, models):
     answer = post(client).json()
-    result = best_of_n(
-        services.samplers["default"], services.judge, REQUEST["question"], REQUEST["opinions"], n=4, seed=3
-    )
+    result = best_of_n(models[0]["default"], models[1], REQUEST["question"], REQUEST["opinions"], n=4, seed=3)
     assert answer == json.loads(json.dumps(asdict(result)))  # candidate for candidate and score for score
 
 
@@ -135,10 +146,10 @@ def test_welfare_by_name_or_number(client, welfare, used):
         assert answer["winners"][used["name"]]["index"] == answer["index"]
 
 
-def test_policies_are_chosen_by_name(client, services):
+def test_policies_are_chosen_by_name(client, models):
     default, other = post(client).json(), post(client, policy="other").json()
     assert other["versions"]["policy"] == "other"
-    assert other["versions"]["policy_weights"] == services.samplers["other"].version
+    assert other["versions"]["policy_weights"] == models[0]["other"].version
     assert default["versions"]["policy_weights"] != other["versions"]["policy_weights"]
     assert [c["statement"] for c in default["candidates"]] != [c["statement"] for c in other["candidates"]]
 
@@ -251,7 +262,7 @@ def test_a_huge_body_is_refused(client):
 
 
 def test_the_largest_good_request_is_within_the_body_limit():
-    body = {**REQUEST, "opinions": ["\u00e9" * MAX_OPINION_CHARS] * MAX_MEMBERS}
+    body = {**REQUEST, "opinions": ["\u00e9" * MAX_OPINION_CHARS] * 300}
     assert len(json.dumps(body)) < MAX_BODY_BYTES
 
 
@@ -271,41 +282,48 @@ class Failing:
     policies = ("default",)
 
     def __init__(self, error):
-        self.error = error
+        self.error, self.judge = error, self
 
-    async def consensus(self, plan):
+    def sampler(self, policy):
+        return self
+
+    async def sample(self, *args):
         if self.error is None:
             await asyncio.sleep(60)
         raise self.error
 
-    versions = consensus
+    judge_, versions = sample, sample
+
+
+def failing(config, error, **change):
+    app = make_app(Failing(error), replace(config, **change))
+    return TestClient(app, raise_server_exceptions=False)
 
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(RuntimeError("secret path"), 500), (NoStatement("all are empty"), 500), (Overloaded(7), 503), (None, 504)],
+    [(RuntimeError("secret path"), 500), (NoStatement("all are empty"), 422), (Overloaded(7), 429), (None, 504)],
 )
-def test_faults_are_problems_too(error, status):
-    app = make_app(Failing(error), ServeConfig(request_timeout_s=0.2))
-    response = TestClient(app, raise_server_exceptions=False).post(
-        "/v1/consensus", json=REQUEST, headers={"X-Request-Id": "abc"}
-    )
+def test_faults_are_problems_too(config, error, status):
+    client = failing(config, error, request_timeout_s=0.2)
+    response = client.post("/v1/consensus", json=REQUEST, headers={"X-Request-Id": "abc"})
     problem = assert_problem(response, status)
     assert "secret" not in json.dumps(problem)
     assert response.headers["x-request-id"] == "abc"
-    assert response.headers.get("retry-after") == ("7" if status == 503 else None)
+    assert response.headers.get("retry-after") == ("7" if status == 429 else None)
 
 
-def test_healthz_names_policies_and_versions(client, services):
-    health = client.get("/healthz").json()
-    assert health["status"] == "ok" and health["policies"] == ["default", "other"]
-    assert health["versions"]["preference_model"] == services.judge.version
-    assert set(health["versions"]) == {"preference_model", "policy:default", "policy:other"}
+def test_models_are_named_with_their_versions(client, models):
+    found = client.get("/v1/models").json()
+    assert found["default_policy"] == "default" and found["preference_model"] == models[1].version
+    assert found["policies"] == {name: sampler.version for name, sampler in models[0].items()}
 
 
-def test_healthz_fails_with_its_models():
-    client = TestClient(make_app(Failing(RuntimeError()), CONFIG), raise_server_exceptions=False)
-    assert_problem(client.get("/healthz"), 500)
+def test_ready_means_that_the_models_answer_and_healthy_that_the_process_does(client, config):
+    assert client.get("/readyz").json() == client.get("/healthz").json() == {"status": "ok"}
+    broken = failing(config, RuntimeError())
+    assert_problem(broken.get("/readyz"), 500)
+    assert broken.get("/healthz").status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/nowhere"])
@@ -316,8 +334,8 @@ def test_request_id_is_echoed_or_made(client, path):
     assert client.get(path, headers={"X-Request-Id": "a" * 200}).headers["x-request-id"] != "a" * 200
 
 
-def test_behind_a_proxy_that_echoes_the_request_id_it_is_not_doubled(services):
-    client = TestClient(make_app(services, CONFIG, echo_request_id=False))
+def test_behind_a_proxy_that_echoes_the_request_id_it_is_not_doubled(services, config):
+    client = TestClient(make_app(services, config, echo_request_id=False))
     assert "x-request-id" not in client.get("/healthz", headers={"X-Request-Id": "my-id"}).headers
 
 
@@ -337,9 +355,9 @@ def test_openapi_documents_every_field_and_every_error(client):
         for field, described in model["properties"].items():
             assert described.get("description"), f"{name}.{field} has no description"
     responses = schema["paths"]["/v1/consensus"]["post"]["responses"]
-    assert {"200", "422", "500", "503", "504"} <= set(responses)
+    assert {"200", "202", "409", "422", "429", "500", "504"} <= set(responses)
     for status, response in responses.items():
-        media = "application/json" if status == "200" else "application/problem+json"
+        media = "application/json" if status < "300" else "application/problem+json"
         assert list(response["content"]) == [media]
     assert responses["422"]["content"]["application/problem+json"]["schema"]["$ref"].endswith("/Problem")
     assert client.get("/docs").status_code == 200
@@ -369,6 +387,8 @@ def test_the_examples_work_as_they_stand(client, example):
         ("port", 70000),
         ("device", "tpu"),
         ("request_timeout_s", 0.0),
+        ("background_timeout_s", 0.0),
+        ("host", "0.0.0.0"),
         ("policies", ["ppo"]),
         ("policies", ["ppo="]),
         ("policies", ["a b=c"]),

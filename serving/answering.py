@@ -1,0 +1,81 @@
+"""Carries out a planned request on the services' models, step by step, and reports each step."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from serving.best_of_n import AsyncJudge, AsyncSampler, Judgement, Plan, choose, readable, statements
+from serving.metrics import Metrics
+from serving.result import Consensus
+
+MEMBERS_A_CALL = 64
+"""Members judged in one call of the preference model, so that a large group's progress is seen."""
+
+Events = Sequence[tuple[str, Any]]
+Report = Callable[[Events], Awaitable[None]]
+"""Takes (type, JSON-able data) of what happened."""
+
+
+class Services(Protocol):
+    """The models behind the interface.
+
+    Attributes:
+        policies: their names.
+        judge: the preference model.
+    """
+
+    policies: tuple[str, ...]
+    judge: AsyncJudge
+
+    def sampler(self, policy: str) -> AsyncSampler:
+        """The policy of that name (InputError, Overloaded where it is called)."""
+
+    async def versions(self) -> dict[str, str]:
+        """Prints of the weights: ``preference_model`` and ``policy:NAME``; fails if a model does not answer."""
+
+
+async def silent(events: Events) -> None:
+    """A ``Report`` that nobody reads."""
+
+
+async def carry_out(services: Services, plan: Plan, metrics: Metrics, report: Report = silent) -> Consensus:
+    """Sample, judge, choose.
+
+    Reports ``candidate`` (index, statement) for every sample, ``scored`` (members so far, of how many) for every part
+    of the group.
+
+    Raises:
+        InputError: if a text does not fit a model. NoStatement: if every candidate is empty. Overloaded.
+    """
+    # 1. Sample
+    started = time.perf_counter()
+    drafts = await services.sampler(plan.policy).sample(plan.question, plan.opinions, plan.orders)
+    texts = statements(plan, drafts)
+    metrics.stage("sample", time.perf_counter() - started)
+    metrics.candidates(plan.n)
+    await report([("candidate", {"index": i, "statement": text}) for i, text in enumerate(texts)])
+    # 2. Judge, a part of the group at a time
+    started, kept, parts = time.perf_counter(), readable(texts), []
+    for first in range(0, len(plan.opinions), MEMBERS_A_CALL):
+        members = plan.opinions[first : first + MEMBERS_A_CALL]
+        parts.append(await services.judge.judge(plan.question, members, kept))
+        await report([("scored", {"members": first + len(members), "of": len(plan.opinions)})])
+    metrics.stage("judge", time.perf_counter() - started)
+    # 3. Choose: a large group's welfare takes a moment, and the loop serves others
+    return await asyncio.to_thread(choose, plan, drafts, joined(parts))
+
+
+def joined(parts: Sequence[Judgement]) -> Judgement:
+    """The judgements of parts of a group as one."""
+    if len(parts) == 1:
+        return parts[0]
+    sd = None if parts[0].sd is None else np.concatenate([part.sd for part in parts])  # type: ignore[misc]
+    raw, utilities, probabilities = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("raw", "utilities", "probabilities")
+    )
+    return Judgement(raw, utilities, probabilities, parts[0].version, sd)

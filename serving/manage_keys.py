@@ -1,0 +1,59 @@
+"""``consensus keys create|list|revoke``: the API keys of a service, in its database."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from deliberation.types import InputError
+from serving.config import ServeConfig
+from serving.keys import CONSENSUS, DEFAULT_RATE, Key, create_key, list_keys, revoke_key
+from serving.store import open_store
+
+ACTIONS = ("create", "list", "revoke")
+
+
+@dataclass
+class KeysConfig:
+    """Keys of ``consensus keys ACTION``."""
+
+    action: str = ""
+    """``create``, ``list`` or ``revoke``."""
+
+    name: str = ""
+    """create: what to know the key by."""
+
+    scopes: list[str] = field(default_factory=lambda: [CONSENSUS])
+    """create: what the key is for: ``consensus:write``, ``ratings:write``, ``admin:read``."""
+
+    rate_per_minute: int = DEFAULT_RATE
+    """create: requests a minute, of each API replica."""
+
+    id: str = ""
+    """revoke: the key's id, as ``list`` shows it."""
+
+    database: str = ServeConfig.database
+    """URL of the service's database."""
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise InputError("action", self.action, f"must be one of {', '.join(ACTIONS)}: consensus keys list")
+
+
+def main(config: KeysConfig) -> None:
+    """Do it, and print what there is to know."""
+    engine = open_store(config.database)
+    if config.action == "create":
+        key, secret = create_key(engine, config.name, tuple(config.scopes), config.rate_per_minute)
+        print(f"{key.id}\n{secret}\n\nKeep the second line: it is not shown again. Send it as Authorization: Bearer.")
+    elif config.action == "revoke":
+        revoke_key(engine, config.id)
+        print(f"{config.id} is revoked; processes that know it forget it within seconds.")
+    else:
+        print("\n".join(map(_line, list_keys(engine))) or "no keys yet; consensus keys create --name NAME")
+
+
+def _line(key: Key) -> str:
+    made = time.strftime("%Y-%m-%d", time.gmtime(key.created))
+    state = "live" if key.revoked is None else f"revoked {time.strftime('%Y-%m-%d', time.gmtime(key.revoked))}"
+    return f"{key.id}  {made}  {state}  {' '.join(key.scopes)}  {key.rate_per_minute}/min  {key.name}"

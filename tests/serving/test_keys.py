@@ -1,0 +1,140 @@
+"""API keys: what is kept of them, what they open, how fast, and the command that manages them."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+from fastapi.testclient import TestClient
+from stub import REQUEST, StubServices
+
+import cli
+from deliberation.types import InputError
+from serving.api import make_app
+from serving.config import ServeConfig
+from serving.keys import CONSENSUS, KNOWN_FOR_S, Doorkeeper, create_key, list_keys, revoke_key
+from serving.problems import ApiError
+from serving.store import open_store
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/service.db"
+
+
+@pytest.fixture
+def client(url):
+    with TestClient(make_app(StubServices(), ServeConfig(database=url, require_keys=True))) as client:
+        yield client
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def bearer(secret):
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def refusal(door, secret, scope=CONSENSUS):
+    with pytest.raises(ApiError) as caught:
+        door.admit(secret, scope)
+    return caught.value
+
+
+def test_the_secret_is_kept_nowhere(url, tmp_path):
+    key, secret = create_key(open_store(url), "anna")
+    assert secret not in str(key)
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert secret.encode() not in written and key.id.encode() in written
+
+
+def test_a_key_opens_what_its_scopes_say(client, url):
+    _, secret = create_key(open_store(url), "anna")
+    _, other = create_key(open_store(url), "reader", scopes=("admin:read",))
+    assert client.post("/v1/consensus", json=REQUEST, headers=bearer(secret)).status_code == 200
+    for headers, status in (({}, 401), (bearer("cm_guess"), 401), (bearer(other), 403), ({"Authorization": "x"}, 401)):
+        for method, path in (("POST", "/v1/consensus"), ("GET", "/v1/models"), ("GET", "/v1/consensus/con_1")):
+            response = client.request(method, path, json=REQUEST, headers=headers)
+            assert response.status_code == status, (headers, path)
+            assert response.headers["content-type"] == "application/problem+json"
+            assert (response.headers.get("www-authenticate") == "Bearer") == (status == 401)
+    assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200  # probes have no key
+
+
+def test_a_revoked_key_is_refused_within_seconds(url):
+    clock, engine = Clock(), open_store(url)
+    door = Doorkeeper(engine, clock)
+    key, secret = create_key(engine, "anna")
+    assert door.admit(secret, CONSENSUS).id == key.id
+    revoke_key(engine, key.id)
+    clock.now += KNOWN_FOR_S + 0.1
+    assert refusal(door, secret).kind == "unauthorized"
+    with pytest.raises(InputError):
+        revoke_key(engine, key.id)
+
+
+def test_a_key_is_used_as_often_as_its_rate_says(url):
+    clock, engine = Clock(), open_store(url)
+    door = Doorkeeper(engine, clock)
+    secrets = [create_key(engine, name, rate_per_minute=6)[1] for name in ("anna", "ben")]
+    for _ in range(6):
+        door.admit(secrets[0], CONSENSUS)
+    refused = refusal(door, secrets[0])
+    assert refused.kind == "rate-limited"
+    assert door.admit(secrets[1], CONSENSUS)  # anna's haste is not ben's
+    wait = int(refused.headers["Retry-After"])
+    clock.now += wait
+    assert door.admit(secrets[0], CONSENSUS)  # one token has come back by then
+    assert refusal(door, secrets[0]).kind == "rate-limited"
+    clock.now += 3600
+    for _ in range(6):  # a bucket holds one minute's requests, not an hour's
+        door.admit(secrets[0], CONSENSUS)
+    assert refusal(door, secrets[0]).kind == "rate-limited"
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [("name", {"name": " "}), ("scopes", {"scopes": ("root",)}), ("scopes", {"scopes": ()}),
+     ("rate_per_minute", {"rate_per_minute": 0})],
+)  # fmt: skip
+def test_bad_keys_are_refused(url, field, change):
+    with pytest.raises(InputError) as caught:
+        create_key(open_store(url), **{"name": "anna", **change})
+    assert caught.value.field == field
+
+
+def test_the_command_makes_lists_and_revokes(url, capsys):
+    assert cli.main(["keys", "create", "--name", "anna", "--database", url]) == 0
+    name, secret, *_ = capsys.readouterr().out.splitlines()
+    assert Doorkeeper(open_store(url)).admit(secret, CONSENSUS).id == name
+    assert cli.main(["keys", "list", "--database", url]) == 0
+    shown = capsys.readouterr().out
+    assert name in shown and "live" in shown and secret not in shown
+    assert cli.main(["keys", "revoke", "--id", name, "--database", url]) == 0
+    assert refusal(Doorkeeper(open_store(url)), secret).kind == "unauthorized"
+    assert [key.revoked is None for key in list_keys(open_store(url))] == [False]
+    assert cli.main(["keys", "revoke", "--id", "key_none", "--database", url]) == 2
+    assert cli.main(["keys", "burn", "--database", url]) == 2
+
+
+@pytest.mark.parametrize("url", ["service.db", "sqlite://", "sqlite:///:memory:", "oracle9://x"])
+def test_a_database_that_is_none_is_refused(url):
+    with pytest.raises(InputError) as caught:
+        open_store(url)
+    assert caught.value.field == "database"
+
+
+def test_acknowledged_writes_survive_a_crash_of_the_machine(url, tmp_path):
+    engine = open_store(url)
+    with engine.connect() as connection:
+        pragma = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")
+        }
+    assert pragma == {"journal_mode": "wal", "synchronous": 2}
+    create_key(engine, "anna")
+    assert sqlite3.connect(tmp_path / "service.db").execute("PRAGMA integrity_check").fetchone() == ("ok",)
