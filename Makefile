@@ -19,12 +19,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A virtual environment that happens to be active must not leak into ours.
 unexport PYTHONHOME PYTHONPATH
 
-.PHONY: help demo serve test test-fast lint bench bench-anchors embedded-models venv clean
+.PHONY: help demo serve test test-fast fuzz openapi lint bench bench-anchors embedded-models venv clean
 
 help:
 	@echo 'make demo             set up, then the whole job on the embedded models: train, compare, serve one answer'
 	@echo 'make serve            keep the service up on loopback with the last trained policy'
 	@echo 'make test             all tests (make test-fast: without the slow ones)'
+	@echo 'make fuzz             requests of every shape against the HTTP interface, 10,000 and more'
+	@echo 'make openapi          write docs/openapi.json anew, after a change of the interface'
 	@echo 'make lint             ruff and mypy'
 	@echo 'make bench            the benchmarks, one JSON line each'
 	@echo 'make bench-anchors    set up what benchmarks compare us with (TRL 1.12, in .venv-anchors)'
@@ -76,6 +78,13 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	@$(BIN)/python -m pytest -q -m 'not slow'
+
+fuzz: $(STAMP)
+	@FUZZ_CASES=1200 $(BIN)/python -m pytest -q tests/serving/test_fuzz.py
+
+openapi: $(STAMP)
+	@$(BIN)/python -c 'import json; from serving.api import document; \
+	  open("docs/openapi.json", "w").write(json.dumps(document(), indent=1) + "\n")'
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

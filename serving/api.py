@@ -17,7 +17,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, format_sse_event
-from sqlalchemy import Engine
+from sqlalchemy import Engine, create_engine
 
 from deliberation.types import InputError
 from reward.welfare import welfare
@@ -53,6 +53,7 @@ DESCRIPTION = "Statements a group would endorse, and who would not: sampled, sco
 PATH = "/v1/consensus"
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _TEXTS = {
+    400: "Not a request this service can read",
     401: "No valid key",
     403: "The key does not allow this",
     404: "Nothing there",
@@ -119,6 +120,8 @@ class Desk:
             welfare=self.defaults.welfare if body.welfare is None else body.welfare,
             uncertainty_penalty=self.defaults.uncertainty_penalty,
             seed=self.defaults.seed if body.seed is None else body.seed,
+            reshuffle=self.defaults.reshuffle,
+            influence=body.influence,
         )
 
     async def answer(self, body: ConsensusRequest, report: Report = silent) -> ConsensusResponse:
@@ -159,7 +162,7 @@ def _add_consensus(app: FastAPI, desk: Desk, admit: Callable[[str], Any]) -> Non
     owner = Depends(admit(CONSENSUS))
     later = {202: {"model": RequestState, "description": "It is being answered; see Location"}}
 
-    @app.post(PATH, responses=later | _problems(401, 403, 409, 413, 422, 429, 500, 504))
+    @app.post(PATH, responses=later | _problems(400, 401, 403, 409, 413, 422, 429, 500, 504))
     async def consensus(
         body: ConsensusRequest,
         caller: Caller = owner,
@@ -246,7 +249,7 @@ def state_of(entry: Entry) -> RequestState:
 def _add_pure(app: FastAPI, services: Services, defaults: ServeConfig, admit: Callable[[str], Any]) -> None:
     owner = Depends(admit(CONSENSUS))
 
-    @app.post("/v1/score", responses=_problems(401, 403, 413, 422, 429, 500, 504))
+    @app.post("/v1/score", responses=_problems(400, 401, 403, 413, 422, 429, 500, 504))
     async def score(body: ScoreRequest, caller: Caller = owner) -> ScoreResponse:
         """What every member is predicted to think of every statement."""
         work = services.judge.judge(body.question, body.opinions, body.statements)
@@ -259,7 +262,7 @@ def _add_pure(app: FastAPI, services: Services, defaults: ServeConfig, admit: Ca
             preference_model_weights=found.version,
         )
 
-    @app.post("/v1/aggregate", responses=_problems(401, 403, 413, 422, 429, 500))
+    @app.post("/v1/aggregate", responses=_problems(400, 401, 403, 413, 422, 429, 500))
     async def aggregate(body: AggregateRequest, caller: Caller = owner) -> AggregateResponse:
         """One number a statement from utilities that you bring, and the order that follows. No model is asked."""
         used = welfare_used(body.welfare)
@@ -310,6 +313,15 @@ def _admission(door: Doorkeeper) -> Callable[[str], Any]:
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Problem, "description": _TEXTS[status]} for status in statuses}
+
+
+def document() -> dict[str, Any]:
+    """The OpenAPI document of the interface, whatever the models and settings."""
+
+    class NoServices:
+        policies = ()
+
+    return make_app(NoServices(), engine=create_engine("sqlite://")).openapi()  # type: ignore[arg-type]
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -120,22 +120,31 @@ class Client:
         """(type, JSON data) of every event behind number ``after``, as they come; goes on where a connection broke."""
         tries = 0
         while True:
-            headers = {} if after is None else {"Last-Event-ID": str(after)}
             try:
-                with self._http.stream("GET", f"/v1/consensus/{request_id}/events", headers=headers) as response:
-                    if response.status_code != 200:
-                        response.read()
-                        raise _error(response)
-                    for number, kind, data in _events(response.iter_lines()):
-                        yield kind, data
-                        after, tries = number, 0
-                        if kind in ("done", "error"):
-                            return
+                for number, kind, data in self._stream(request_id, after):
+                    yield kind, data
+                    after, tries = number, 0
+                    if kind in ("done", "error"):
+                        return
+                failure = ServiceError("the stream ended early", None, None, None)
             except httpx.TransportError as error:
-                tries += 1
-                if tries == self._tries:
-                    raise ServiceError(f"{type(error).__name__}: {error}", None, None, None) from error
-                time.sleep(self._pause(tries - 1, None))
+                failure = _nothing(error)
+            except ServiceError as error:
+                if not _passing(error):
+                    raise
+                failure = error
+            tries += 1
+            if tries == self._tries:
+                raise failure
+            time.sleep(self._pause(tries - 1, None))
+
+    def _stream(self, request_id: str, after: int | None) -> Iterator[tuple[int | None, str, str]]:
+        headers = {} if after is None else {"Last-Event-ID": str(after)}
+        with self._http.stream("GET", f"/v1/consensus/{request_id}/events", headers=headers) as response:
+            if response.status_code != 200:
+                response.read()
+                raise _error(response)
+            yield from _events(response.iter_lines())
 
     def score(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> ScoreResponse:
         """What every member is predicted to think of every statement."""
@@ -161,7 +170,7 @@ class Client:
             try:
                 response = self._http.request(method, path, **request)
             except httpx.TransportError as error:
-                failure, wait = ServiceError(f"{type(error).__name__}: {error}", None, None, None), None
+                failure, wait = _nothing(error), None
             else:
                 if response.is_success:
                     return response
@@ -177,6 +186,10 @@ class Client:
         return min(LONGEST_PAUSE_S, max(asked, self._pause_s * 2**k))
 
 
+def _nothing(error: httpx.TransportError) -> ServiceError:
+    return ServiceError(f"{type(error).__name__}: {error}", None, None, None)
+
+
 def _error(response: httpx.Response) -> ServiceError:
     try:
         problem = Problem.model_validate_json(response.content)
@@ -189,8 +202,9 @@ def _error(response: httpx.Response) -> ServiceError:
 
 def _passing(error: ServiceError) -> bool:
     """Whether the same request may succeed later. A 404 that is no problem of the service's is a proxy's, starting."""
-    status = error.status or 0
-    return status in RETRIED or status >= 500 or (status == 404 and error.problem is None)
+    if error.status is None:
+        return True
+    return error.status in RETRIED or error.status >= 500 or (error.status == 404 and error.problem is None)
 
 
 def _events(lines: Iterator[str]) -> Iterator[tuple[int | None, str, str]]:
