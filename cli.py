@@ -195,7 +195,7 @@ def make_parser(name: str, config_class: type) -> Any:
     parser = StrictParser(
         config_class,
         prog=f"consensus {name}",
-        usage=f"consensus {name} [--config FILE.yaml] [--key value ...]",
+        usage=f"consensus {name}{_word(name)} [--config FILE.yaml] [--key value ...]",
         description=STAGES[name].help + ". Keys may stand in the YAML file named with --config; the command line wins.",
         allow_abbrev=False,
         exit_on_error=False,
@@ -204,6 +204,11 @@ def make_parser(name: str, config_class: type) -> Any:
     _own_keys_first(parser, name, config_class)
     _help_from_docstrings(parser, config_class)
     return parser
+
+
+def _word(name: str) -> str:
+    word = STAGES[name].word
+    return "" if word is None else f" {word.upper()}"
 
 
 def _keys(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

@@ -1,4 +1,4 @@
-"""What PPO learns on the embedded default, over seeds: against SFT, and trained for one sample or for the best of 16.
+"""What PPO learns on the embedded default, over seeds: against SFT, and trained for one sample or for the best of 4.
 
     python -m benchmarks.ppo_learning --policy runs/demo/sft --preference_model runs/demo/preference --seeds 0 1 2 3 4
 
@@ -35,7 +35,7 @@ from rl.logs import read_log
 
 ARMS: dict[str, dict[str, Any]] = {
     "ppo": {},
-    "ppo_for_16": {"best_of_n": 16, "num_generations": 16, "num_prompts": 4, "leave_one_out_baseline": False},
+    "ppo_for_4": {"best_of_n": 4, "num_generations": 16, "num_prompts": 8, "leave_one_out_baseline": False},
 }
 """What differs from ``configs/embedded/ppo.yaml``."""
 WATCHED = 40
@@ -159,10 +159,10 @@ def main() -> None:
     # 3. Report
     found: dict[str, Any] = {arm: measure(parts, sft) for arm, parts in pools.items()}
     found["sft"] = {"best_of": [best_of(sft, n) for n in SIZES], "spread": round(float(sft.gold.std(axis=1).mean()), 3)}
-    if "ppo" in pools and "ppo_for_16" in pools:
-        pairs = list(zip(pools["ppo_for_16"], pools["ppo"], strict=True))
+    if "ppo" in pools and "ppo_for_4" in pools:
+        pairs = list(zip(pools["ppo_for_4"], pools["ppo"], strict=True))
         for n in (1, 16):
-            found[f"ppo_for_16 over ppo, best of {n}"] = interval(np.array([wins(a, n, b, n) for a, b in pairs]))
+            found[f"ppo_for_4 over ppo, best of {n}"] = interval(np.array([wins(a, n, b, n) for a, b in pairs]))
     best = [best_of(sft_watched, n) for n in SIZES]
     if args.plot:
         plot(curves, best, args.plot)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-COLOURS = {"ppo": "#b5442b", "ppo_for_16": "#1b6ca8"}
-LABELS = {"ppo": "PPO, one sample", "ppo_for_16": "PPO trained for the best of 16, one sample"}
+COLOURS = {"ppo": "#b5442b", "ppo_for_4": "#1b6ca8"}
+LABELS = {"ppo": "PPO, one sample", "ppo_for_4": "PPO trained for the best of 4, one sample"}
 
 
 def plot(curves: dict[str, list[list[dict[str, float]]]], best_of: list[dict[str, float]], path: Path) -> None:

@@ -1,11 +1,13 @@
 """Prompt templates of Bakker et al. 2022 (arXiv 2211.15006, appendix), as pure string functions.
 
-Opinions are data: every text is folded to one line, so none can fake an ``Opinion:`` line of its own.
+Opinions are data, never instructions: every text goes through :func:`sanitize`, so that none can look like a line of
+the template. Training and scoring use the same functions.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 OPENING = (
@@ -21,14 +23,76 @@ FEW_SHOT_OPENING = (
 CLOSING = "After a good debate, the citizen's jury came to the following consensus view:"
 
 
+# ---------------------------------------------------------------- what users write
+
+_JOINING = "\u0600-\u0dff"  # Arabic to Sinhala: here ZWNJ and ZWJ are spelling (Persian, Hindi, Malayalam ...)
+_SYMBOLS = "\u00a9\u00ae\u2100-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff"
+_INVISIBLE = re.compile(
+    f"(?<![{_JOINING}])[\u200c\u200d]|[\u200c\u200d](?![{_JOINING}])"
+    f"|(?<![{_SYMBOLS}])[\ufe0e\ufe0f]"  # a symbol may say once that it is text or emoji
+    # The rest of Unicode's Default_Ignorable_Code_Point, tags and bidi controls among them, and the annotation marks.
+    "|[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
+
 def one_line(text: str) -> str:
-    """Fold all white space (line breaks too) to single spaces and drop control characters."""
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    return re.sub(r"\s+", " ", printable).strip()
+    """Unicode NFC on one line: white space and control characters are single spaces, what cannot be seen is gone.
+
+    ZWNJ and ZWJ stay between letters of Arabic and Indic scripts, whose spelling needs them, and nowhere else: an emoji
+    joined from several falls apart. Idempotent; takes any string, lone surrogates too.
+    """
+    while True:  # what goes may bring marks together that NFC then puts in another order: seldom more than one pass
+        seen = _INVISIBLE.sub("", unicodedata.normalize("NFC", text))
+        shown = "".join(c if c.isprintable() or c in "\u200c\u200d" else " " for c in seen)
+        folded = " ".join(unicodedata.normalize("NFC", shown).split())
+        if folded == text:
+            return folded
+        text = folded
+
+
+def _loosely(sentence: str) -> str:
+    """A pattern for the sentence with or without its spaces and its last stop, and with any apostrophe."""
+    words = (re.escape(word).replace("'", "['’‘ʼ`´]") for word in sentence.rstrip(".:").lower().split())
+    return " ?".join(words)
+
+
+_SENTENCES = {s for text in (OPENING, FEW_SHOT_OPENING, CLOSING) for s in re.split(r"(?<=\.) ", text)}
+_COLON = "[:∶꞉ː׃]"
+_STRUCTURE = re.compile(
+    f"(?:{'|'.join(map(_loosely, sorted(_SENTENCES)))})(?: ?(?:\\.|{_COLON}))?"
+    f"|(?P<label>question|opinion|consensus) ?{_COLON}"
+)
+
+
+def _skeleton(line: str) -> str:
+    """The line, character for character, in lower case and without fullwidth and other compatibility forms."""
+    if line.isascii():
+        return line.lower()
+    forms = ((c, unicodedata.normalize("NFKC", c).lower()) for c in line)
+    return "".join(form if len(form) == 1 else c for c, form in forms)
+
+
+def sanitize(text: str) -> str:
+    """``one_line`` without what the template itself writes: ``Opinion:`` is ``Opinion,``, its sentences are ``...``.
+
+    Labels and sentences are found in any case, with or without spaces and in fullwidth letters too; look-alike letters
+    of other scripts are other letters, and stay. Texts without any of it stay as they are. Idempotent.
+    """
+    line = one_line(text)
+    parts, end = [], 0
+    for found in _STRUCTURE.finditer(_skeleton(line)):
+        label = line[slice(*found.span("label"))] if found["label"] else None
+        parts += [line[end : found.start()], "..." if label is None else f"{label},"]
+        end = found.end()
+    return "".join([*parts, line[end:]])
+
+
+# ---------------------------------------------------------------- templates
 
 
 def _body(question: str, opinions: Sequence[str]) -> str:
-    lines = [f"Question: {one_line(question)}", *(f"Opinion: {one_line(o)}" for o in opinions)]
+    lines = [f"Question: {sanitize(question)}", *(f"Opinion: {sanitize(o)}" for o in opinions)]
     return "\n".join(lines)
 
 
@@ -41,18 +105,18 @@ def few_shot_statement_prompt(
     examples: Sequence[tuple[str, Sequence[str], str]], question: str, opinions: Sequence[str]
 ) -> str:
     """The few-shot prompt: worked examples of (question, opinions, consensus), then the new question."""
-    blocks = [f"{_body(q, o)}\nConsensus: {one_line(s)}" for q, o, s in examples]
+    blocks = [f"{_body(q, o)}\nConsensus: {sanitize(s)}" for q, o, s in examples]
     return "\n".join([FEW_SHOT_OPENING, *blocks, f"{_body(question, opinions)}\nConsensus:"])
 
 
 def preference_prefix(question: str, opinion: str) -> str:
     """What the preference model reads before the candidate: computed once a member, for all candidates."""
-    return f"Question: {one_line(question)}\nOpinion: {one_line(opinion)}\nConsensus:"
+    return f"Question: {sanitize(question)}\nOpinion: {sanitize(opinion)}\nConsensus:"
 
 
 def preference_suffix(statement: str) -> str:
     """What it reads after the prefix. Prefix and suffix are tokenised apart, in training and in scoring alike."""
-    return f" {one_line(statement)}"
+    return f" {sanitize(statement)}"
 
 
 def clean_statement(completion: str) -> str:
@@ -62,4 +126,4 @@ def clean_statement(completion: str) -> str:
         text = text.removeprefix(lead).strip()
     if len(text) >= 2 and text[0] in "\"'“‘" and text[-1] in "\"'”’":
         text = text[1:-1].strip()
-    return one_line(text)
+    return sanitize(text)

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from deliberation.prompts import preference_prefix, preference_suffix
+from deliberation.tokens import plain_ids
 from deliberation.types import InputError
 from reward.calibration import Calibration
 from reward.heads import head_of, inner_model, is_encoder, read_heads, write_heads
@@ -88,14 +89,14 @@ class PreferenceModel:
 
     def prefix_ids(self, question: str, opinion: str) -> list[int]:
         """Token ids of what a member's candidates share; carries the tokenizer's special tokens."""
-        return list(self.tokenizer(preference_prefix(question, opinion)).input_ids)
+        return plain_ids(self.tokenizer, preference_prefix(question, opinion))
 
     def suffix_ids(self, statement: str) -> list[int]:
         """Token ids of one candidate; at least one. An encoder's prefix and suffix are the tokenizer's text pair."""
         text = preference_suffix(statement)
         if not is_encoder(self.model):
-            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        return list(self.tokenizer("", text).input_ids[len(self.tokenizer("").input_ids) :])
+            return plain_ids(self.tokenizer, text, add_special_tokens=False)
+        return plain_ids(self.tokenizer, "", text)[len(plain_ids(self.tokenizer, "")) :]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> PreferenceModel:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from deliberation.tokens import plain_ids
 from deliberation.types import InputError
 from rl import ppo, sampling
 
@@ -138,6 +139,12 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of ``render_prompt``: a text prompt is data without special tokens, a chat template may write some."""
+    text = render_prompt(tokenizer, prompt)
+    return plain_ids(tokenizer, text) if isinstance(prompt, str) else list(tokenizer(text).input_ids)
+
+
 def prompt_seeds(seed: int, step: int, first: int, count: int) -> list[int]:
     """One seed a prompt from the run's seed, the update and the prompt's place in the (global) update.
 
@@ -167,11 +174,11 @@ def collect(
         seeds: one a row.
         sample: the sampler (default :func:`rl.sampling.sample`).
     """
-    texts = [render_prompt(tokenizer, row["prompt"]) for row in rows]
+    encoded = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     groups = (sample or sampling.sample)(
         model,
         tokenizer,
-        texts,
+        encoded,
         n=num_generations,
         seeds=seeds,
         max_new_tokens=max_new_tokens,
@@ -180,7 +187,6 @@ def collect(
         batch_size=batch_size,
         stop_at_line_break=stop_at_line_break,
     )
-    encoded = [list(tokenizer(text).input_ids) for text in texts]
     flat = [(i, one) for i, group in enumerate(groups) for one in group]
     columns = [name for name in rows[0] if name not in ("prompt", "completion", "completion_ids")]
     return Rollout(

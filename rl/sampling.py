@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deliberation.tokens import plain_ids
 from deliberation.types import InputError
 from rl.decoding import Batch, Stream
 from rl.drawing import draw, uniforms
@@ -120,7 +121,7 @@ def _decode(batch: Batch, stops: _Stops, max_new_tokens: int, temperature: float
 
 
 def _check(
-    prompts: Sequence[str], seeds: Sequence[int], counts: dict[str, int], temperature: float, top_p: float
+    prompts: Sequence[str | list[int]], seeds: Sequence[int], counts: dict[str, int], temperature: float, top_p: float
 ) -> None:
     for name, count in counts.items():
         if count < 1:
@@ -136,7 +137,7 @@ def _check(
 def _streams(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     n: int,
     seeds: Sequence[int],
     max_new_tokens: int,
@@ -146,7 +147,7 @@ def _streams(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     streams = []
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        prompt_ids = tokenizer(prompt).input_ids
+        prompt_ids = plain_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt
         if not prompt_ids:
             raise InputError(f"prompts[{i}]", prompt, "has no tokens; write at least one word")
         if limit is not None and len(prompt_ids) + max_new_tokens > limit:
@@ -162,7 +163,7 @@ def _streams(
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: Sequence[str | list[int]],
     *,
     n: int,
     seeds: list[int],
@@ -176,6 +177,7 @@ def sample(
 
     Args:
         model: full-attention causal language model; left in the mode (train or eval) it came in.
+        prompts: texts, in which special tokens are text like any other, or the token ids of a prompt that has some.
         seeds: one a prompt. The same (prompt, seed) gives the same samples alone or in any batch, and the first of
             them whatever ``n``.
         temperature: > 0, divides the logits. top_p: in (0, 1], the nucleus; 1 samples purely.

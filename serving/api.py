@@ -32,21 +32,19 @@ from serving.ledger import DONE, FAILED, Entry, Ledger
 from serving.metrics import Metrics, ProcessMetrics
 from serving.problems import MEDIA_TYPE, ApiError, Overloaded, add_problem_handlers
 from serving.schemas import (
-    AggregateRequest,
-    AggregateResponse,
     ConsensusRequest,
     ConsensusResponse,
-    Health,
-    Models,
     Problem,
     RequestState,
-    ScoreRequest,
-    ScoreResponse,
     welfare_out,
 )
+from serving.scoring_schemas import AggregateRequest, AggregateResponse, Health, Models, ScoreRequest, ScoreResponse
 from serving.store import open_store
 
 __all__ = ["MAX_BODY_BYTES", "Overloaded", "Services", "make_app"]
+
+Responses = dict[int | str, dict[str, Any]]
+"""Status -> what FastAPI documents of it."""
 
 VERSION = "1"
 DESCRIPTION = "Statements a group would endorse, and who would not: sampled, scored for every member, chosen."
@@ -160,7 +158,7 @@ class Desk:
 
 def _add_consensus(app: FastAPI, desk: Desk, admit: Callable[[str], Any]) -> None:
     owner = Depends(admit(CONSENSUS))
-    later = {202: {"model": RequestState, "description": "It is being answered; see Location"}}
+    later: Responses = {202: {"model": RequestState, "description": "It is being answered; see Location"}}
 
     @app.post(PATH, responses=later | _problems(400, 401, 403, 409, 413, 422, 429, 500, 504))
     async def consensus(
@@ -196,7 +194,8 @@ def _add_consensus(app: FastAPI, desk: Desk, admit: Callable[[str], Any]) -> Non
         """End a request, if it is running, and erase what was recorded of it."""
         await asyncio.to_thread(desk.ledger.erase, request_id, caller.id)
 
-    events = {200: {"content": {"text/event-stream": {}}, "description": "queued, candidate, scored; done or error"}}
+    streamed = "queued, candidate, scored; done or error"
+    events: Responses = {200: {"content": {"text/event-stream": {}}, "description": streamed}}
 
     @app.get(PATH + "/{request_id}/events", responses=events | _problems(401, 403, 404, 422, 429, 500))
     async def follow(
@@ -239,10 +238,10 @@ def state_of(entry: Entry) -> RequestState:
     problem = Problem.model_validate(answer) if entry.state == FAILED else None
     return RequestState(
         id=entry.id,
-        status=entry.state,
+        status=entry.state,  # type: ignore[arg-type]
         created=entry.created,
         result=result,
-        problem=problem,  # type: ignore[arg-type]
+        problem=problem,
     )
 
 
@@ -311,7 +310,7 @@ def _admission(door: Doorkeeper) -> Callable[[str], Any]:
     return admit
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _problems(*statuses: int) -> Responses:
     return {status: {"model": Problem, "description": _TEXTS[status]} for status in statuses}
 
 

@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from deliberation.prompts import clean_statement
 from deliberation.types import Deliberation, InputError
 from reward.welfare import ALPHAS, LOWEST_UTILITY, check_uncertainty_penalty, lower_utilities, welfare
-from serving.checks import check_count, check_readable, check_seed, welfare_used
+from serving.checks import MAX_WAITING_MEMBERS, check_count, check_readable, check_seed, welfare_used
 from serving.result import Candidate, Consensus, MemberView, Versions, WelfareUsed, Winner
 
 RATINGS = np.arange(1, 8)
+
+PARTS = 8
+"""Parts of a group that take turns in not being read: with 16 samples, one is left without each of them."""
 
 
 class NoStatement(RuntimeError):
@@ -109,6 +112,7 @@ class Plan:
         orders: distinct prompts; one prefill each.
         places: for each order, the candidate indices its samples fill (``len(places[i]) == orders[i].count``).
         policy: the name the answering policy goes by.
+        influence: whether to say what each opinion changed (see ``serving.influence``).
     """
 
     question: str
@@ -120,6 +124,7 @@ class Plan:
     uncertainty_penalty: float
     orders: tuple[Order, ...]
     places: tuple[tuple[int, ...], ...]
+    influence: bool = False
 
 
 def make_plan(
@@ -131,7 +136,8 @@ def make_plan(
     seed: int,
     policy: str = "default",
     uncertainty_penalty: float = 0.0,
-    reshuffle: bool = False,
+    reshuffle: bool = True,
+    influence: bool = False,
 ) -> Plan:
     """Check a request and draw the order(s) in which the policy reads the opinions.
 
@@ -140,7 +146,9 @@ def make_plan(
         welfare: a name (``worst_cluster`` excepted), or alpha >= 0 (``"inf"`` too).
         seed: 0 to ``checks.MAX_SEED``; decides orders and samples.
         uncertainty_penalty: lambda >= 0; utilities enter welfare as mean - lambda * sd, not below 1.
-        reshuffle: draw an order for each sample instead of one for all. Equal orders still share a prefill.
+        reshuffle: draw for each sample whom it reads, and in which order, instead of one order for all (see
+            ``draw_orders``). Equal orders still share a prefill.
+        influence: say what each opinion changed; for groups of 2 to ``checks.MAX_WAITING_MEMBERS``.
 
     Raises:
         InputError: naming the field.
@@ -152,21 +160,33 @@ def make_plan(
     check_readable("question", question)
     for i, opinion in enumerate(texts):
         check_readable(f"opinions[{i}]", opinion)
+    if influence and not 2 <= len(texts) <= MAX_WAITING_MEMBERS:
+        raise InputError("influence", influence, f"is for groups of 2 to {MAX_WAITING_MEMBERS}; this has {len(texts)}")
     orders, places = draw_orders(len(texts), check_count(n), check_seed(seed), reshuffle)
     penalty = check_uncertainty_penalty(uncertainty_penalty)
-    return Plan(question, texts, n, welfare_used(welfare), seed, policy, penalty, orders, places)
+    return Plan(question, texts, n, welfare_used(welfare), seed, policy, penalty, orders, places, influence)
 
 
 def draw_orders(
     members: int, n: int, seed: int, reshuffle: bool
 ) -> tuple[tuple[Order, ...], tuple[tuple[int, ...], ...]]:
-    """Orders to sample from and the candidate indices each fills; see ``Plan``."""
+    """Orders to sample from and the candidate indices each fills; see ``Plan``.
+
+    With ``reshuffle``, no place in a prompt and no single opinion weighs on all samples: every sample has an order of
+    its own, and from three members on every second sample goes without a part of the group, one part after the other.
+    All are among the judges all the same. So whatever a member writes, there are statements written by the others
+    alone to choose from; what that costs and what it keeps out: ``benchmarks/injection.py``.
+    """
     draws = np.random.default_rng(seed)
     if not reshuffle:
         return (Order(_permutation(draws, members), n, seed),), (tuple(range(n)),)
+    turns = _permutation(draws, members)
+    parts = [turns[k::PARTS] for k in range(min(members, PARTS))] if members > 2 else [()]
     places: dict[tuple[int, ...], list[int]] = {}
     for i in range(n):
-        places.setdefault(_permutation(draws, members), []).append(i)
+        unread = parts[i // 2 % len(parts)] if i % 2 else ()
+        order = tuple(m for m in _permutation(draws, members) if m not in unread)
+        places.setdefault(order, []).append(i)
     # Every order has its own seed, or all of them would draw the same random numbers.
     orders = tuple(Order(order, len(at), _sub_seed(seed, at[0])) for order, at in places.items())
     return orders, tuple(tuple(at) for at in places.values())
@@ -194,7 +214,7 @@ def best_of_n(
     seed: int = 0,
     policy: str = "default",
     uncertainty_penalty: float = 0.0,
-    reshuffle: bool = False,
+    reshuffle: bool = True,
 ) -> Consensus:
     """The statement, of ``n`` sampled ones, with the highest predicted welfare of the group.
 

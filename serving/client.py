@@ -17,13 +17,11 @@ import httpx
 from pydantic import ValidationError
 
 from serving.schemas import (
-    AggregateResponse,
     ConsensusResponse,
-    Models,
     Problem,
     RequestState,
-    ScoreResponse,
 )
+from serving.scoring_schemas import AggregateResponse, Models, ScoreResponse
 
 RETRIED = (408, 409, 429)
 """Statuses below 500 that may go away by themselves."""

@@ -1,13 +1,10 @@
-"""The Ray Serve application: an ingress, the policies and the preference model as deployments of their own.
-
-Thin: what they do is in ``serving.local`` (models) and ``serving.api`` (HTTP); here is where they live.
-"""
+"""The Ray Serve application, and a process that runs it: models, HTTP interface and Ray put together."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
+import os
 import shlex
 import signal
 import socket
@@ -15,160 +12,36 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from fastapi import FastAPI
+import yaml
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
-from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle
 
 from deliberation.types import InputError, is_hub_name
 from embedded import resolve
 from reward.actor import local_ray
 from reward.preference import check_ensemble
-from serving.api import Overloaded, make_app
-from serving.best_of_n import Draft, Judgement, Order, Plan, answer_async
-from serving.config import DEFAULT_POLICY, Sampling, ServeConfig
-from serving.result import Consensus
+from serving.config import DEFAULT_POLICY, ServeConfig, server_of
+from serving.ingress import Api
+from serving.replicas import Policy, Reward, ServerPolicy
 from serving.schemas import EXAMPLES
 
 APPLICATION = "consensus"
 CALIBRATION = "calibration.json"
 READY_TIMEOUT_S = 120.0
 
-T = TypeVar("T")
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """An ``InputError`` on its way between deployments, as a value: exceptions lose their fields when pickled."""
-
-    field: str
-    value: object
-    mend: str
-
-
-class _Worker:
-    """Runs blocking torch calls in one thread, so that the event loop stays free for health checks.
-
-    One thread: torch modules are not made for two callers at once, and a second would only share the core.
-    """
-
-    def __init__(self) -> None:
-        import torch  # here, so that the ingress does not load it
-
-        torch.set_num_threads(1)
-        self._pool = ThreadPoolExecutor(max_workers=1)
-
-    async def run(self, work: Callable[..., T], *args: Any) -> T | Refusal:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-        except InputError as error:
-            return Refusal(error.field, error.value, error.mend)
-
-
-@serve.deployment(max_ongoing_requests=4, max_queued_requests=16, ray_actor_options={"num_cpus": 0.3})
-class Policy:
-    """One policy: draws drafts."""
-
-    def __init__(self, model_name_or_path: str, sampling: Sampling, device: str):
-        self._worker = _Worker()
-        from serving.local import LocalSampler
-
-        self._sampler = LocalSampler.load(model_name_or_path, sampling, device)
-
-    async def sample(self, question: str, opinions: Sequence[str], orders: Sequence[Order]) -> list[Draft] | Refusal:
-        return await self._worker.run(self._sampler.sample, question, opinions, orders)
-
-    async def version(self) -> str:
-        return self._sampler.version
-
-
-@serve.deployment(max_ongoing_requests=8, max_queued_requests=32, ray_actor_options={"num_cpus": 0.3})
-class Reward:
-    """The preference model: judges statements for all members."""
-
-    def __init__(self, path: str, device: str):
-        self._worker = _Worker()
-        from serving.local import LocalJudge
-
-        self._judge = LocalJudge.load(path, device)
-
-    async def judge(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Judgement | Refusal:
-        return await self._worker.run(self._judge.judge, question, opinions, statements)
-
-    async def version(self) -> str:
-        return self._judge.version
-
-
-@serve.deployment(max_ongoing_requests=64, max_queued_requests=128, ray_actor_options={"num_cpus": 0.1})
-@serve.ingress()
-class Api:
-    """The HTTP interface in front of them."""
-
-    def __init__(self, policies: dict[str, DeploymentHandle], reward: DeploymentHandle, config: ServeConfig):
-        self._services, self._config = RemoteServices(policies, reward), config
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_app(self._services, self._config, echo_request_id=False)  # Serve's proxy echoes it
-
-
-# --- the ingress's view of the models -------------------------------------------------------------------------
-
-
-async def _call(method: Any, *args: Any) -> Any:
-    """Call a deployment; a refusal is raised again, a full queue becomes ``Overloaded``."""
-    try:
-        result = await method.remote(*args)
-    except BackPressureError as error:
-        raise Overloaded from error
-    if isinstance(result, Refusal):
-        raise InputError(result.field, result.value, result.mend)
-    return result
-
-
-class RemoteSampler:
-    """``AsyncSampler`` on a ``Policy`` deployment."""
-
-    def __init__(self, handle: DeploymentHandle):
-        self._handle = handle
-
-    async def sample(self, question: str, opinions: Sequence[str], orders: Sequence[Order]) -> list[Draft]:
-        return await _call(self._handle.sample, question, opinions, orders)
-
-
-class RemoteJudge:
-    """``AsyncJudge`` on a ``Reward`` deployment."""
-
-    def __init__(self, handle: DeploymentHandle):
-        self._handle = handle
-
-    async def judge(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Judgement:
-        return await _call(self._handle.judge, question, opinions, statements)
-
-
-class RemoteServices:
-    """``serving.api.Services`` on deployment handles."""
-
-    def __init__(self, policies: dict[str, DeploymentHandle], reward: DeploymentHandle):
-        self.policies = tuple(policies)
-        self._policies, self._reward = policies, reward
-
-    async def consensus(self, plan: Plan) -> Consensus:
-        return await answer_async(RemoteSampler(self._policies[plan.policy]), RemoteJudge(self._reward), plan)
-
-    async def versions(self) -> dict[str, str]:
-        handles = {"preference_model": self._reward, **{f"policy:{k}": v for k, v in self._policies.items()}}
-        found = await asyncio.gather(*(_call(handle.version) for handle in handles.values()))
-        return dict(zip(handles, found, strict=True))
+RAY_ENVIRONMENT = {
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a lost HTTP proxy is back in seconds, by default in half a minute
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3",
+    "RAY_worker_niceness": "0",  # 15 by default: on a busy machine a model then takes minutes to load
+}
+"""Settings of a Ray of our own, read when it starts: one that runs already keeps its own."""
 
 
 # --- the application ------------------------------------------------------------------------------------------
@@ -178,26 +51,84 @@ def build(args: ServeConfig | dict[str, Any]) -> serve.Application:
     """The application for ``serve.run`` or a Serve YAML (``import_path: serving.deployments:build``).
 
     Args:
-        args: a ``ServeConfig`` or its keys. ``host`` and ``port`` are for ``running_service`` alone.
+        args: a ``ServeConfig``, or its keys; with ``config``, a file of keys (one shipped as ``configs/...``, or any
+            path), which the others override. ``host`` and ``port`` are for ``running_service`` alone.
+
+    Raises:
+        InputError: on a key, a file or a model folder that is not good.
     """
-    config = args if isinstance(args, ServeConfig) else ServeConfig(**args)
-    folders = {
-        name: model_folder("model_name_or_path" if name == DEFAULT_POLICY else "policies", path)
-        for name, path in config.policy_folders().items()
-    }
+    config = args if isinstance(args, ServeConfig) else read_settings(args)
+    config = replace(config, database=_from_anywhere(config.database))
     judge = model_folder("preference_model", config.preference_model)
     if config.uncertainty_penalty:
         check_ensemble(judge)
-    gpus = round(0.99 / (len(folders) + 1), 2) if config.device == "cuda" else 0
-    options = {"num_cpus": 0.3, "num_gpus": gpus}
-    policies = {
-        name: Policy.options(name=f"Policy-{name}", ray_actor_options=options).bind(  # type: ignore[attr-defined]
-            folder, config.sampling, config.device
+    options = model_options(config)
+    policies = {name: _policy(name, place, config, options) for name, place in config.policy_folders().items()}
+    reward = Reward.options(**options).bind(config.request_timeout_s, judge, config.device)  # type: ignore[attr-defined]
+    api = Api.options(  # type: ignore[attr-defined]
+        num_replicas=config.api_replicas, graceful_shutdown_timeout_s=config.request_timeout_s
+    )
+    return api.bind(policies, reward, config)
+
+
+def _policy(name: str, place: str, config: ServeConfig, options: dict[str, Any]) -> serve.Application:
+    """The deployment of one policy: of a server, or of a folder or hub name."""
+    options = {"name": f"Policy-{name}", **options}
+    server = server_of(place)
+    if server is not None:
+        options = {**options, "ray_actor_options": {"num_cpus": config.replica_cpus}}
+        return ServerPolicy.options(**options).bind(  # type: ignore[attr-defined]
+            server, config.sampling, config.request_timeout_s
         )
-        for name, folder in folders.items()
+    folder = model_folder("model_name_or_path" if name == DEFAULT_POLICY else "policies", place)
+    return Policy.options(**options).bind(  # type: ignore[attr-defined]
+        config.request_timeout_s, folder, config.sampling, config.device
+    )
+
+
+def read_settings(args: dict[str, Any]) -> ServeConfig:
+    """The ``ServeConfig`` of a Serve YAML's ``args``: see ``build``.
+
+    Raises:
+        InputError: on an unknown key, or a file that is not there.
+    """
+    keys = dict(args)
+    if "config" in keys:
+        file = Path(keys.pop("config"))
+        if file.parts[0] == "configs":  # a shipped one, from any working directory
+            file = Path(__file__).parents[1] / file
+        if not file.is_file():
+            raise InputError("config", str(file), "no such file; give the path of a serve.yaml")
+        keys = {**yaml.safe_load(file.read_text(encoding="utf-8")), **keys}
+    unknown = sorted(set(keys) - {field.name for field in fields(ServeConfig)})
+    if unknown:
+        raise InputError(unknown[0], keys[unknown[0]], "is no key of `consensus serve`; see `consensus serve --help`")
+    return ServeConfig(**keys)
+
+
+def model_options(config: ServeConfig) -> dict[str, Any]:
+    """Ray Serve's options of a deployment with a model."""
+    gpus = {"num_gpus": config.replica_gpus} if config.device == "cuda" else {}
+    return {
+        "autoscaling_config": {
+            "min_replicas": config.min_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": 2,  # one in work, one that waits
+            "metrics_interval_s": 2,
+            "look_back_period_s": 10,
+            "upscale_delay_s": 10,
+            "downscale_delay_s": 120,
+        },
+        "max_queued_requests": config.max_queued_requests,
+        "graceful_shutdown_timeout_s": config.request_timeout_s,
+        "ray_actor_options": {"num_cpus": config.replica_cpus, **gpus},
     }
-    reward = Reward.options(ray_actor_options=options).bind(judge, config.device)  # type: ignore[attr-defined]
-    return Api.bind(policies, reward, config)  # type: ignore[attr-defined]
+
+
+def _from_anywhere(database: str) -> str:
+    """The URL, with the path of an SQLite file made absolute: replicas have working directories of their own."""
+    kind, separator, path = database.partition(":///")
+    return f"{kind}{separator}{Path(path).resolve()}" if kind == "sqlite" and path else database
 
 
 def model_folder(field: str, name_or_path: str) -> str:
@@ -220,7 +151,7 @@ def model_folder(field: str, name_or_path: str) -> str:
 
 @contextmanager
 def running_service(config: ServeConfig) -> Iterator[str]:
-    """Start the service, wait until ``/healthz`` is ready, yield its URL, stop it.
+    """Start the service, wait until all models answer, yield its URL, stop it.
 
     A Ray cluster this process is connected to is used and left running, Serve with other applications (and its
     address, if it ran before) too; otherwise a local one is started on loopback, with its own temporary folder, and
@@ -232,6 +163,8 @@ def running_service(config: ServeConfig) -> Iterator[str]:
     """
     application = build(config)
     config = replace(config, port=_port(config.host, config.port))
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     with local_ray():
         timeout = config.request_timeout_s + 10  # the ingress answers 504 first, in our words
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=timeout))
@@ -290,10 +223,9 @@ def _wait_until_ready(url: str) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while True:
         try:
-            with opener.open(f"{url}/healthz", timeout=10) as response:
-                log.info("ready: %s", response.read().decode())
+            with opener.open(f"{url}/readyz", timeout=10):
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{url}/healthz is not ready after {READY_TIMEOUT_S:.0f} s") from error
+                raise RuntimeError(f"{url}/readyz is not ready after {READY_TIMEOUT_S:.0f} s") from error
             time.sleep(0.2)

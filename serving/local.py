@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import bisect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from deliberation.prompts import statement_prompt
+from deliberation.tokens import plain_ids
 from deliberation.types import InputError
 from embedded import resolve
 from reward.preference import PreferenceModel, check_ensemble, fingerprint
 from reward.prefix_cache import PrefixCache
 from reward.scoring import score
 from rl.policy import load_policy, sample
-from serving.best_of_n import Draft, Judgement, Order, Plan, answer
+from serving.best_of_n import Draft, Judgement, Order
 from serving.config import Sampling, ServeConfig
-from serving.result import Consensus
 
 
 class LocalSampler:
@@ -72,7 +72,7 @@ class LocalSampler:
 
         def tokens(count: int) -> int:
             prompt = statement_prompt(question, [opinions[m] for m in order[:count]])
-            return len(self.tokenizer(prompt).input_ids)
+            return len(plain_ids(self.tokenizer, prompt))
 
         # The prompt grows with the number of opinions, so bisection finds the last one that fits.
         count = bisect.bisect_right(range(1, len(order) + 1), self.room, key=tokens)
@@ -108,7 +108,7 @@ class LocalJudge:
 
 
 class LocalServices:
-    """``serving.api.Services`` with all models in this process; one request at a time, in a thread.
+    """``serving.api.Services`` with all models in this process; one call at a time, in a thread.
 
     Args:
         policies: policy name -> sampler.
@@ -116,9 +116,10 @@ class LocalServices:
     """
 
     def __init__(self, policies: Mapping[str, LocalSampler], judge: LocalJudge):
-        self.samplers, self.judge = dict(policies), judge
-        self.policies = tuple(self.samplers)
-        self._lock = threading.Lock()  # torch modules are not made for two callers at once
+        self.policies = tuple(policies)
+        lock = threading.Lock()  # torch modules are not made for two callers at once
+        self._samplers = {name: InThread(sampler, lock) for name, sampler in policies.items()}
+        self.judge = InThread(judge, lock)
 
     @classmethod
     def load(cls, config: ServeConfig) -> LocalServices:
@@ -131,15 +132,28 @@ class LocalServices:
             check_ensemble(resolve(config.preference_model))
         return cls(samplers, LocalJudge.load(config.preference_model, config.device))
 
-    async def consensus(self, plan: Plan) -> Consensus:
-        """Answer a planned request."""
-        return await asyncio.to_thread(self._answer, plan)
-
-    def _answer(self, plan: Plan) -> Consensus:
-        with self._lock:
-            return answer(self.samplers[plan.policy], self.judge, plan)
+    def sampler(self, policy: str) -> InThread:
+        """The policy of that name, as an ``AsyncSampler``."""
+        return self._samplers[policy]
 
     async def versions(self) -> dict[str, str]:
         """Prints of all models' weights: ``preference_model`` and ``policy:NAME``."""
-        prints = {f"policy:{name}": sampler.version for name, sampler in self.samplers.items()}
-        return {"preference_model": self.judge.version, **prints}
+        prints = {f"policy:{name}": sampler.model.version for name, sampler in self._samplers.items()}
+        return {"preference_model": self.judge.model.version, **prints}
+
+
+class InThread:
+    """A ``LocalSampler`` or ``LocalJudge`` that is awaited: it works in a thread, under a lock shared with others."""
+
+    def __init__(self, model: Any, lock: threading.Lock):
+        self.model, self._lock = model, lock
+
+    async def sample(self, question: str, opinions: Sequence[str], orders: Sequence[Order]) -> list[Draft]:
+        return await asyncio.to_thread(self._locked, self.model.sample, question, opinions, orders)
+
+    async def judge(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Judgement:
+        return await asyncio.to_thread(self._locked, self.model.judge, question, opinions, statements)
+
+    def _locked(self, work: Callable[..., Any], *args: Any) -> Any:
+        with self._lock:
+            return work(*args)

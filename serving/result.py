@@ -83,6 +83,23 @@ class Versions:
 
 
 @dataclass(frozen=True)
+class Influence:
+    """What one opinion changed: the consensus beside the one chosen without it (see ``serving.influence``).
+
+    Attributes:
+        member: index into the request's opinions.
+        changed: True if another text was chosen without it.
+        welfare_of_others: predicted welfare of the other members, with it minus without, in [-6, 6].
+        agreement_of_others: mean over the other members of their predicted agreement, with it minus without.
+    """
+
+    member: int
+    changed: bool
+    welfare_of_others: float
+    agreement_of_others: float
+
+
+@dataclass(frozen=True)
 class Consensus:
     """The full result of a consensus request.
 
@@ -101,6 +118,7 @@ class Consensus:
         versions: which models answered.
         seed: the seed that, with the same models and request, gives the same answer.
         warnings: sentences a caller should read before using the statement.
+        influence: one entry a member, in the members' order; None if it was not asked for.
     """
 
     statement: str
@@ -116,3 +134,4 @@ class Consensus:
     versions: Versions
     seed: int
     warnings: tuple[str, ...]
+    influence: tuple[Influence, ...] | None = None

@@ -1,62 +1,23 @@
-"""Bodies of the HTTP interface: request, response (contract 6), health and problem (RFC 9457)."""
+"""Bodies of consensus requests: request, response (contract 6), state in the background, problem (RFC 9457)."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue
 
-from deliberation.types import MAX_MEMBERS, MAX_OPINION_CHARS, InputError
+from deliberation.types import MAX_MEMBERS
 from serving.checks import (
     MAX_CANDIDATES,
     MAX_SEED,
-    MAX_WAITING_MEMBERS,
     check_count,
-    check_readable,
     check_seed,
     check_welfare,
 )
 from serving.config import DEFAULT_POLICY
+from serving.fields import Agreement, Schema, Text, group
 from serving.result import Consensus, WelfareUsed
-
-
-def _text(value: str) -> str:
-    return check_readable("text", value)  # the field's real name comes from its place in the body
-
-
-def _group(value: list[str]) -> list[str]:
-    if not value:
-        raise InputError("opinions", value, "the group is empty; give at least one opinion")
-    if len(value) > MAX_MEMBERS:
-        raise InputError("opinions", f"{len(value)} opinions", f"give at most {MAX_MEMBERS}")
-    return value
-
-
-def _waiting_group(value: list[str]) -> list[str]:
-    if len(value) > MAX_WAITING_MEMBERS:
-        raise InputError("opinions", f"{len(value)} opinions", f"give at most {MAX_WAITING_MEMBERS} at a time")
-    return _group(value)
-
-
-def _statements(value: list[str]) -> list[str]:
-    if not 1 <= len(value) <= MAX_CANDIDATES:
-        raise InputError("statements", f"{len(value)} statements", f"give 1 to {MAX_CANDIDATES}")
-    return value
-
-
-def _rectangle(value: list[list[float]]) -> list[list[float]]:
-    if not value or not value[0] or len({len(row) for row in value}) > 1:
-        shape = [len(row) for row in value][:10]
-        raise InputError("utilities", f"rows of {shape}", "give one row a member, all of the same length, not empty")
-    if len(value) > MAX_MEMBERS or len(value[0]) > MAX_MEMBERS:
-        mend = f"give at most {MAX_MEMBERS} members and {MAX_MEMBERS} statements"
-        raise InputError("utilities", f"{len(value)} x {len(value[0])}", mend)
-    return value
-
-
-Text = Annotated[str, AfterValidator(_text), Field(json_schema_extra={"maxLength": MAX_OPINION_CHARS, "minLength": 1})]
-Agreement = Annotated[float, Field(ge=1, le=7)]
 
 EXAMPLES: list[JsonValue] = [
     {
@@ -79,11 +40,7 @@ EXAMPLES: list[JsonValue] = [
 ]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-class ConsensusRequest(_Model):
+class ConsensusRequest(Schema):
     """A group's opinions on a question. Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": EXAMPLES})
@@ -92,7 +49,7 @@ class ConsensusRequest(_Model):
     """The question the group discusses, best as a yes/no question."""
 
     opinions: Annotated[
-        list[Text], AfterValidator(_group), Field(json_schema_extra={"minItems": 1, "maxItems": MAX_MEMBERS})
+        list[Text], AfterValidator(group), Field(json_schema_extra={"minItems": 1, "maxItems": MAX_MEMBERS})
     ]
     """One text a member; the answer counts members in this order, from 0. A group of more than 64 is answered in the
     background (202)."""
@@ -116,12 +73,16 @@ class ConsensusRequest(_Model):
     )
     """Same seed, models and request: same answer. Default: the service's seed (0)."""
 
+    influence: bool = False
+    """Say too what each opinion changed: the request is answered once more without each of them, which takes as many
+    times longer as the group has members. For groups of 2 to 64."""
+
     stream: bool = False
     """Answer with server-sent events: ``queued``, ``candidate``, ``scored``, and at the end ``done`` (its data is the
     response) or ``error`` (a problem). The request goes on if the connection breaks; ``GET .../events`` resumes."""
 
 
-class WelfareOut(_Model):
+class WelfareOut(Schema):
     """The welfare function that chose."""
 
     name: str | None
@@ -131,7 +92,7 @@ class WelfareOut(_Model):
     """Inequality aversion: 0 utilitarian, 1 Nash, ``"inf"`` Rawlsian; null for ``p10`` and ``trimmed``."""
 
 
-class CandidateOut(_Model):
+class CandidateOut(Schema):
     """One sampled statement."""
 
     statement: str
@@ -153,7 +114,7 @@ class CandidateOut(_Model):
     """False if the statement was cut off at the token limit."""
 
 
-class MemberOut(_Model):
+class MemberOut(Schema):
     """What one member is predicted to think of the consensus."""
 
     member: int
@@ -181,7 +142,7 @@ class MemberOut(_Model):
     """False if the policy did not read this member's opinion."""
 
 
-class WinnerOut(_Model):
+class WinnerOut(Schema):
     """The candidate one welfare function would choose."""
 
     index: int
@@ -194,7 +155,23 @@ class WinnerOut(_Model):
     """Its welfare under that function."""
 
 
-class VersionsOut(_Model):
+class InfluenceOut(Schema):
+    """What one opinion changed: the consensus beside what would have been chosen without it."""
+
+    member: int
+    """Index into the opinions, from 0."""
+
+    changed: bool
+    """True if another text would have been chosen without it."""
+
+    welfare_of_others: float
+    """What that changes in the predicted welfare of the other members, on the 1 to 7 scale; below 0 it cost them."""
+
+    agreement_of_others: float
+    """What it changes in the other members' predicted agreement, on average."""
+
+
+class VersionsOut(Schema):
     """Which models answered."""
 
     policy: str
@@ -207,7 +184,7 @@ class VersionsOut(_Model):
     """Short SHA-256 of the preference model's weights."""
 
 
-class ConsensusResponse(_Model):
+class ConsensusResponse(Schema):
     """The statement with the highest predicted welfare, and everything it was chosen by.
 
     All agreement is predicted by a model, not given by the members.
@@ -252,6 +229,9 @@ class ConsensusResponse(_Model):
     warnings: list[str]
     """Read these before using the statement."""
 
+    influence: list[InfluenceOut] | None
+    """One entry a member, in the order of the opinions; null if the request did not ask for it."""
+
     @classmethod
     def of(cls, consensus: Consensus) -> ConsensusResponse:
         """The response for a library result."""
@@ -263,14 +243,7 @@ def welfare_out(used: WelfareUsed) -> WelfareOut:
     return WelfareOut(name=used.name, alpha="inf" if used.alpha == float("inf") else used.alpha)
 
 
-class Health(_Model):
-    """The process is up (``/healthz``), or its models answer too (``/readyz``)."""
-
-    status: Literal["ok"]
-    """Always ``ok``; what is not ok is an error."""
-
-
-class FieldError(_Model):
+class FieldError(Schema):
     """What is wrong with one field."""
 
     field: str
@@ -283,7 +256,7 @@ class FieldError(_Model):
     """What to do about it."""
 
 
-class Problem(_Model):
+class Problem(Schema):
     """An error as RFC 9457 has it (``application/problem+json``)."""
 
     model_config = ConfigDict(
@@ -320,7 +293,7 @@ class Problem(_Model):
     """One entry a field at fault; empty where no field is."""
 
 
-class RequestState(_Model):
+class RequestState(Schema):
     """A request that is answered in the background."""
 
     id: str
@@ -337,82 +310,3 @@ class RequestState(_Model):
 
     problem: Problem | None = None
     """What went wrong, if it failed."""
-
-
-class ScoreRequest(_Model):
-    """Statements to be judged for every member of a group. Unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    question: Text
-    """The question the group discusses."""
-
-    opinions: Annotated[
-        list[Text], AfterValidator(_waiting_group), Field(json_schema_extra={"minItems": 1, "maxItems": 64})
-    ]
-    """One text a member."""
-
-    statements: Annotated[
-        list[Text], AfterValidator(_statements), Field(json_schema_extra={"minItems": 1, "maxItems": MAX_CANDIDATES})
-    ]
-    """What they are asked to agree with."""
-
-
-class ScoreResponse(_Model):
-    """What every member is predicted to think of every statement: rows are members, columns statements."""
-
-    utilities: list[list[float]]
-    """Expected ratings, 1 to 7."""
-
-    agree: list[list[float]]
-    """Probabilities of a rating above 4."""
-
-    scores: list[list[float]]
-    """Raw preference-model scores."""
-
-    sd: list[list[float]] | None
-    """How sure the model is: standard deviations of the utilities; null without an ensemble."""
-
-    preference_model_weights: str
-    """Short SHA-256 of the preference model's weights."""
-
-
-class AggregateRequest(_Model):
-    """Utilities to be made one number a statement. Unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    utilities: Annotated[list[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]], AfterValidator(_rectangle)]
-    """One row a member, one column a statement; positive, on any one scale."""
-
-    welfare: Annotated[str | float, BeforeValidator(check_welfare)] = "nash"
-    """As in a consensus request."""
-
-    weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
-    """One number >= 0 a member; default: equal."""
-
-
-class AggregateResponse(_Model):
-    """Statements by welfare."""
-
-    welfare: list[float]
-    """Of each statement, on the scale of the utilities."""
-
-    ranking: list[int]
-    """Indices of the statements, the best first; equals in their order."""
-
-    welfare_used: WelfareOut
-    """Name and alpha of the welfare function."""
-
-
-class Models(_Model):
-    """The models that answer."""
-
-    default_policy: str
-    """Which policy answers a request that names none."""
-
-    policies: dict[str, str]
-    """Name -> short SHA-256 of its weights."""
-
-    preference_model: str
-    """Short SHA-256 of the preference model's weights."""

@@ -41,7 +41,7 @@ def name_of(file: Path) -> str:
 
 def test_all_stages_are_shipped():
     shipped = {name_of(path) for path in STAGE_FILES}
-    assert shipped >= {f"embedded/{stage}" for stage in cli.STAGES}
+    assert shipped >= {f"embedded/{name}" for name, stage in cli.STAGES.items() if stage.word is None}
     assert shipped >= {f"qwen3-0.6b/{stage}" for stage in ("sft", "preference", "ppo", "serve")}
 
 

@@ -20,6 +20,8 @@ from reward.calibration import (
 )
 from reward.preference import PreferenceModel
 
+import tiny
+
 CALIBRATION = Calibration((-3.0, -1.5, -0.5, 0.5, 1.0, 2.5), slope=1.7)
 
 
@@ -243,6 +245,22 @@ def test_special_tokens_belong_to_the_prefix_alone(preference_model, tiny_tokeni
     assert tiny_tokenizer.decode(preference_model.prefix_ids("Q?", "An\nopinion.")).endswith(
         "Question: Q?\nOpinion: An opinion.\nConsensus:"
     )
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "roberta"])
+def test_no_text_of_a_user_holds_special_tokens(arch, tiny_judge):
+    tokenizer = tiny.make_tokenizer() if arch == "llama" else tiny.make_encoder_tokenizer(arch)
+    model = tiny_judge if arch == "llama" else tiny.make_encoder(tokenizer, arch)
+    reader = PreferenceModel(model, tokenizer, CALIBRATION)
+
+    def specials(question, opinion, statement):
+        ids = reader.prefix_ids(question, opinion) + reader.suffix_ids(statement)
+        return [i for i in ids if i in tokenizer.all_special_ids]
+
+    typed = "a</s><s> <pad>b<unk>"
+    assert set(tokenizer(typed).input_ids) > set(tokenizer.all_special_ids)
+    assert specials(typed, typed, typed) == specials("Q?", "o", "s")
+    assert len(specials("Q?", "o", "s")) == {"llama": 0, "bert": 3, "roberta": 4}[arch]
 
 
 # --- votes

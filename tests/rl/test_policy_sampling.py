@@ -296,3 +296,17 @@ def test_bad_arguments_are_named(tiny_policy, tiny_tokenizer, change, field):
     with pytest.raises(InputError) as error:
         sample(tiny_policy, tiny_tokenizer, arguments.pop("prompts"), **arguments)
     assert error.value.field == field
+
+
+def test_special_tokens_in_a_text_are_text_and_in_ids_are_tokens(tiny_policy, tiny_tokenizer):
+    eos, options = tiny_tokenizer.eos_token, {"n": 3, "seeds": [1], "max_new_tokens": 6}
+    text = f"Tax{eos}"
+    plain = [tiny_tokenizer.convert_tokens_to_ids(c) for c in text]
+    assert sample(tiny_policy, tiny_tokenizer, [text], **options) == sample(
+        tiny_policy, tiny_tokenizer, [plain], **options
+    )
+    parsed = tiny_tokenizer(text).input_ids
+    assert parsed[-1] == tiny_tokenizer.eos_token_id
+    assert sample(tiny_policy, tiny_tokenizer, [parsed], **options) != sample(
+        tiny_policy, tiny_tokenizer, [text], **options
+    )

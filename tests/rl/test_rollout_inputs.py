@@ -16,7 +16,7 @@ from deliberation.types import InputError
 from rl import value
 from rl.inputs import collate, collate_shared
 from rl.rewards import RewardFunctions, Scores, background, merge_scores
-from rl.rollout import Rollout, collect, merge, prompt_seeds, render_prompt
+from rl.rollout import Rollout, collect, merge, prompt_ids, prompt_seeds, render_prompt
 from rl.sampling import Sample
 from rl.value import PolicyAndValue, check_logits, disable_dropout
 
@@ -252,16 +252,26 @@ def test_rows_of_a_prompt_are_neighbours_and_columns_follow():
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}>"
     seen = {}
 
-    def sampler(model, tokenizer, texts, **kwargs):
-        seen.update(kwargs, texts=texts)
-        return [[drawn("x", [7], True), drawn("y", [8], True)] for _ in texts]
+    def sampler(model, tokenizer, prompts, **kwargs):
+        seen.update(kwargs, prompts=prompts)
+        return [[drawn("x", [7], True), drawn("y", [8], True)] for _ in prompts]
 
     rollout = collected(tokenizer, rows, sampler)
     assert seen["top_p"] == 1.0  # pure sampling
     assert rollout.columns == {"opinions": [["a"], ["a"], ["b"], ["b"]]}
     assert rollout.texts == ["x", "y", "x", "y"]
     assert rollout.completions()[0] == "x" and rollout.completions()[2] == [{"role": "assistant", "content": "x"}]
-    assert rollout.prompt_ids[2] == list(tokenizer(seen["texts"][1]).input_ids)
+    assert rollout.prompt_ids[0] == tokenizer("one").input_ids
+    assert rollout.prompt_ids[2] == tokenizer("<s>two>").input_ids
+    assert [rollout.prompt_ids[0], rollout.prompt_ids[2]] == seen["prompts"]  # sampled from what is trained on
+
+
+def test_a_text_prompt_writes_no_special_tokens_and_a_chat_template_does():
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    text, chat = (prompt_ids(tokenizer, p) for p in ("a</s><s>", [{"role": "user", "content": "a"}]))
+    assert not set(text) & set(tokenizer.all_special_ids) and tokenizer.decode(text) == "a</s><s>"
+    assert chat == [tokenizer.bos_token_id, *tokenizer("a").input_ids]
 
 
 def test_a_template_and_a_tokenizer_do_not_both_add_the_bos():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deliberation.types import InputError
+from deliberation.types import MAX_MEMBERS, InputError
 from serving.best_of_n import (
+    PARTS,
     Draft,
     Judgement,
     NoStatement,
@@ -22,6 +24,8 @@ from serving.best_of_n import (
     rating_quantile,
 )
 from serving.checks import MAX_CANDIDATES, MAX_SEED
+
+in_order = partial(best_of_n, reshuffle=False)  # the samplers below write the candidates in order
 
 OPINIONS = ("Yes.", "No.", "Maybe.")
 
@@ -61,7 +65,7 @@ TABLE = {"Extreme.": [7, 7, 1], "Fair.": [4, 4, 4], "Middle.": [6, 5, 3]}
 
 
 def ask(welfare="nash", texts=tuple(TABLE), **kwargs):
-    return best_of_n(ListSampler(texts), TableJudge(TABLE), "Why?", OPINIONS, n=len(texts), welfare=welfare, **kwargs)
+    return in_order(ListSampler(texts), TableJudge(TABLE), "Why?", OPINIONS, n=len(texts), welfare=welfare, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +119,7 @@ def test_a_neutral_member_does_not_dissent():
 
 def test_choice_did_not_matter_when_one_statement_is_best_for_all():
     table = {"Good.": [6, 6, 6], "Bad.": [2, 2, 2]}
-    result = best_of_n(ListSampler(["Bad.", "Good."]), TableJudge(table), "Why?", OPINIONS, n=2)
+    result = in_order(ListSampler(["Bad.", "Good."]), TableJudge(table), "Why?", OPINIONS, n=2)
     assert result.statement == "Good." and not result.choice_mattered
 
 
@@ -135,33 +139,33 @@ def test_an_uncertain_winner_gives_way_where_uncertainty_is_penalised():
     table, sd = {"Bold.": [6, 6, 6], "Safe.": [5, 5, 5]}, {"Bold.": [2, 2, 2], "Safe.": [0.1, 0.1, 0.1]}
     for penalty, winner in ((0.0, "Bold."), (0.4, "Bold."), (1.0, "Safe.")):
         sampler, judge = ListSampler(["Bold.", "", "Safe."]), UnsureJudge(table, sd)
-        result = best_of_n(sampler, judge, "Why?", OPINIONS, n=3, uncertainty_penalty=penalty)
+        result = in_order(sampler, judge, "Why?", OPINIONS, n=3, uncertainty_penalty=penalty)
         assert result.statement == winner and result.winners["nash"].statement == winner
         assert result.candidates[0].utilities == (6.0, 6.0, 6.0)  # what is predicted stays what is shown
     assert result.welfare == pytest.approx(4.9)
     assert any("lowered by 1 standard deviations" in warning for warning in result.warnings)
     with pytest.raises(InputError, match="ensemble"):
-        best_of_n(ListSampler(["Bold."]), TableJudge(table), "Why?", OPINIONS, n=1, uncertainty_penalty=1.0)
+        in_order(ListSampler(["Bold."]), TableJudge(table), "Why?", OPINIONS, n=1, uncertainty_penalty=1.0)
 
 
 def test_ties_go_to_the_earlier_candidate():
     table = {"A.": [5, 5, 5], "B.": [5, 5, 5]}
     for texts in (["A.", "B."], ["B.", "A."]):
-        result = best_of_n(ListSampler(texts), TableJudge(table), "Why?", OPINIONS, n=2)
+        result = in_order(ListSampler(texts), TableJudge(table), "Why?", OPINIONS, n=2)
         assert result.statement == texts[0]
         assert [c.rank for c in result.candidates] == [1, 2]
 
 
 def test_completions_are_cleaned_before_they_are_scored():
     judge = TableJudge({"Fair.": [4, 4, 4]})
-    best_of_n(ListSampler([' "Fair."\nOpinion: not part of it']), judge, "Why?", OPINIONS, n=1)
+    in_order(ListSampler([' "Fair."\nOpinion: not part of it']), judge, "Why?", OPINIONS, n=1)
     assert judge.seen == ["Fair."]
 
 
 def test_empty_statements_are_not_scored_never_chosen_and_warned_of():
     table = {"Bad.": [1, 1, 1]}
     judge = TableJudge(table)
-    result = best_of_n(ListSampler([" \n", "Bad."]), judge, "Why?", OPINIONS, n=2)
+    result = in_order(ListSampler([" \n", "Bad."]), judge, "Why?", OPINIONS, n=2)
     assert judge.seen == ["Bad."]
     assert result.statement == "Bad." and result.index == 1  # although the empty one has the same welfare, 1
     assert result.candidates[0].scores is None and result.candidates[0].rank == 2
@@ -171,13 +175,13 @@ def test_empty_statements_are_not_scored_never_chosen_and_warned_of():
 
 def test_nothing_but_empty_statements_is_an_error():
     with pytest.raises(NoStatement, match="all 2 candidates"):
-        best_of_n(ListSampler(["", "\n"]), TableJudge({}), "Why?", OPINIONS, n=2)
+        in_order(ListSampler(["", "\n"]), TableJudge({}), "Why?", OPINIONS, n=2)
 
 
 def test_warnings():
     table = {"A.": [1, 2, 6]}
     sampler = ListSampler(["A.", "A."], finished=False, shown=(2, 0))
-    result = best_of_n(sampler, TableJudge(table), "Why?", OPINIONS, n=2)
+    result = in_order(sampler, TableJudge(table), "Why?", OPINIONS, n=2)
     text = " ".join(result.warnings)
     for words in ("cut off", "Only 1 of 2", "1 opinions did not fit", "2 of 3 members likely disagree"):
         assert words in text
@@ -196,11 +200,16 @@ def test_versions_seed_and_policy_are_in_the_result():
 
 
 def test_one_order_a_request_drawn_from_the_seed():
-    orders = [make_plan("Why?", ["a"] * 8, n=16, welfare=1, seed=seed).orders for seed in range(8)]
+    options = {"n": 16, "welfare": 1, "reshuffle": False}
+    orders = [make_plan("Why?", ["a"] * 8, seed=seed, **options).orders for seed in range(8)]
     assert all(len(o) == 1 and o[0].count == 16 for o in orders)
     assert all(sorted(o[0].members) == list(range(8)) for o in orders)
     assert len({o[0].members for o in orders}) > 1
-    assert orders[3] == make_plan("Why?", ["a"] * 8, n=16, welfare=1, seed=3).orders
+    assert orders[3] == make_plan("Why?", ["a"] * 8, seed=3, **options).orders
+
+
+def test_every_sample_has_an_order_of_its_own_by_default():
+    assert len(make_plan("Why?", ["a"] * 8, n=16, welfare=1, seed=0).orders) == 16
 
 
 @given(members=st.integers(1, 6), n=st.integers(1, 64), seed=st.integers(0, MAX_SEED))
@@ -210,6 +219,22 @@ def test_reshuffled_orders_are_distinct_and_fill_every_place_once(members, n, se
     assert all(o.count == len(p) for o, p in zip(orders, places, strict=True))
     assert sorted(i for p in places for i in p) == list(range(n))
     assert all(0 <= o.seed <= MAX_SEED for o in orders)
+
+
+@given(members=st.integers(1, 70), n=st.integers(1, 64), seed=st.integers(0, MAX_SEED))
+def test_every_second_sample_goes_without_a_part_of_the_group_and_each_part_has_its_turn(members, n, seed):
+    orders, places = draw_orders(members, n, seed, reshuffle=True)
+    read = {i: set(order.members) for order, at in zip(orders, places, strict=True) for i in at}
+    everyone = set(range(members))
+    for i in range(n):
+        assert (read[i] == everyone) == (members <= 2 or i % 2 == 0)
+        assert len(everyone - read[i]) <= max(1, -(-members // PARTS)) and len(read[i]) >= members / 2
+    if members > 2 and n >= 2 * PARTS:  # whatever a member writes, some samples are the others' alone
+        assert all(any(m not in read[i] for i in range(n)) for m in everyone)
+    fewer, few_places = draw_orders(members, max(1, n - 3), seed, reshuffle=True)
+    assert [o.members for o in fewer] == [o.members for o in orders][: len(fewer)]  # more samples begin with the same
+    assert [o.seed for o in fewer] == [o.seed for o in orders][: len(fewer)]
+    assert all(a == b[: len(a)] for a, b in zip(few_places, places, strict=False))
 
 
 def test_reshuffled_samples_land_in_their_places():
@@ -244,7 +269,7 @@ def test_quantile_is_the_first_rating_that_reaches_the_level(weights, level):
     [
         ("opinions", {"opinions": []}),
         ("opinions", {"opinions": "Yes."}),
-        ("opinions", {"opinions": ["a"] * 65}),
+        ("opinions", {"opinions": ["a"] * (MAX_MEMBERS + 1)}),
         ("opinions[1]", {"opinions": ["a", " "]}),
         ("opinions[0]", {"opinions": ["a" * 2001]}),
         ("opinions[0]", {"opinions": ["\u200b\x07"]}),

@@ -10,23 +10,33 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
 from ray import serve
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError
+from ray.serve.schema import ServeDeploySchema
 
 from deliberation.types import InputError
 from reward.preference import Calibration, PreferenceModel
-from serving.api import Overloaded
+from serving import remote
 from serving.best_of_n import best_of_n
 from serving.config import ServeConfig
-from serving.deployments import Refusal, _call, build, curl_line, model_folder, running_service
+from serving.deployments import build, curl_line, model_folder, read_settings, running_service
 from serving.local import LocalJudge, LocalSampler
+from serving.problems import Overloaded
+from serving.remote import TRIES, call
 from serving.schemas import ConsensusRequest
+from serving.worker import Busy, Refusal
 
 from tiny import make_judge, make_policy, make_tokenizer
 
@@ -54,6 +64,7 @@ def configuration(folders, **change):
         "policies": [f"other={folders / 'other'}"],
         "max_new_tokens": 12,
         "port": 0,
+        "database": f"sqlite:///{folders}/service.db",
     }
     return ServeConfig(**{**keys, **change})
 
@@ -104,49 +115,137 @@ def test_a_taken_port_is_refused_before_anything_starts(folders):
 
 def test_build_takes_keys_too_and_knows_them(folders):
     assert build(asdict(configuration(folders))) is not None
-    with pytest.raises(TypeError, match="no_such_key"):
+    with pytest.raises(InputError, match="no_such_key"):
         build({"no_such_key": 1})
 
 
-def test_all_replicas_fit_two_cores_and_one_gpu(folders):
-    for device, gpus in (("cpu", 0), ("cuda", 3 * 0.33)):
-        options = actor_options(build(configuration(folders, device=device)))
-        assert set(options) == {"Api", "Reward", "Policy-default", "Policy-other"}
-        assert sum(o["num_cpus"] for o in options.values()) <= 2
-        assert sum(o.get("num_gpus", 0) for o in options.values()) == pytest.approx(gpus)
+def test_build_takes_a_file_of_keys_and_others_over_it(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = yaml.safe_load((REPOSITORY / "configs" / "embedded" / "serve.yaml").read_text())
+    found = read_settings({"config": "configs/embedded/serve.yaml", "max_new_tokens": 7})
+    assert found == ServeConfig(**{**shipped, "max_new_tokens": 7}) != ServeConfig(**shipped)
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(asdict(configuration(folders))))
+    assert read_settings({"config": str(own)}) == configuration(folders)
+    with pytest.raises(InputError, match="no such file") as caught:
+        read_settings({"config": "own/absent.yaml"})
+    assert caught.value.field == "config"
 
 
-def actor_options(application):
-    """Deployment name -> Ray actor options, through the bound arguments."""
+def test_all_replicas_fit_two_cores_and_one_gpu_while_they_are_replaced(folders):
+    for device, gpus in (("cpu", 0), ("cuda", 1)):
+        found = deployments(build(configuration(folders, device=device, policies=[])))
+        assert set(found) == {"Api", "Reward", "Policy-default"}
+        cpus = gpu_share = 0.0
+        for name, deployment in found.items():
+            config = deployment._deployment_config
+            count = deployment.num_replicas if name == "Api" else config.autoscaling_config.max_replicas
+            assert config.max_surge_percent == 100
+            cpus += 2 * count * deployment.ray_actor_options["num_cpus"]
+            gpu_share += 2 * count * deployment.ray_actor_options.get("num_gpus", 0)
+        assert cpus <= 2 and gpu_share == pytest.approx(gpus)
+
+
+def test_every_queue_has_an_end_and_every_model_its_range(folders):
+    config = configuration(folders, min_replicas=2, max_replicas=3, max_queued_requests=5, request_timeout_s=40)
+    found = deployments(build(config))
+    assert set(found) == {"Api", "Reward", "Policy-default", "Policy-other"}
+    assert found["Api"].num_replicas == config.api_replicas and 0 < found["Api"].max_queued_requests < 1000
+    assert found["Api"].backpressure_config.status_code == 429
+    for name in ("Reward", "Policy-default", "Policy-other"):
+        scaling = found[name]._deployment_config.autoscaling_config
+        assert (scaling.min_replicas, scaling.max_replicas) == (2, 3)
+        assert found[name].max_queued_requests == 5
+        assert found[name]._deployment_config.graceful_shutdown_timeout_s == 40  # a request in work is let finish
+
+
+def test_a_policys_server_takes_no_gpu(folders):
+    change = {"model_name_or_path": "http://127.0.0.1:1/v1#m", "policies": [], "device": "cuda"}
+    server = deployments(build(configuration(folders, **change)))["Policy-default"]
+    assert "num_gpus" not in server.ray_actor_options and server.init_args[0].model == "m"
+
+
+def test_the_database_is_the_same_file_from_any_working_directory(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, bound in [
+        ("sqlite:///runs/service.db", f"sqlite:///{tmp_path}/runs/service.db"),
+        (f"sqlite:///{tmp_path}/x.db", f"sqlite:///{tmp_path}/x.db"),
+        ("postgresql://host/db", "postgresql://host/db"),
+    ]:
+        config = deployments(build(configuration(folders, database=given)))["Api"].init_args[2]
+        assert config.database == bound
+
+
+def deployments(application):
+    """Name -> deployment, through the bound arguments."""
     found, waiting = {}, [application]
     while waiting:
         bound = waiting.pop()._bound_deployment
-        found[bound.name] = bound.ray_actor_options
+        found[bound.name] = bound
         for argument in bound.init_args:
             values = argument.values() if isinstance(argument, dict) else [argument]
             waiting += [value for value in values if hasattr(value, "_bound_deployment")]
     return found
 
 
-class Method:
-    """Stands in for a deployment's method whose call ends in a given way."""
+@pytest.mark.parametrize("size", ["embedded", "qwen3-0.6b"])
+def test_ray_accepts_the_deploy_files_and_they_name_what_is_there(size):
+    keys = yaml.safe_load((REPOSITORY / "configs" / size / "serve_deploy.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(keys)
+    (application,) = schema.applications
+    assert (application.import_path, application.route_prefix) == ("serving.deployments:build", "/")
+    config = read_settings(application.args)
+    assert (schema.http_options.host, schema.http_options.port) == (config.host, config.port)
+    assert schema.http_options.request_timeout_s > config.request_timeout_s  # our 504 comes before Ray's 408
 
-    def __init__(self, outcome):
-        self.outcome = outcome
+
+# --- calls between deployments --------------------------------------------------------------------------------
+
+
+class Method:
+    """Stands in for a deployment's method whose calls end in the given ways, one after the other."""
+
+    def __init__(self, *outcomes):
+        self.outcomes = list(outcomes)
 
     async def remote(self, *args):
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+DIED, UNAVAILABLE = ActorDiedError(), ActorUnavailableError("connection lost", None)
 
 
 async def test_a_full_queue_and_a_refusal_keep_their_meaning_across_deployments():
     with pytest.raises(Overloaded):
-        await _call(Method(BackPressureError(num_queued_requests=16, max_queued_requests=16)))
+        await call(Method(BackPressureError(num_queued_requests=16, max_queued_requests=16)))
     with pytest.raises(InputError) as caught:
-        await _call(Method(pickle.loads(pickle.dumps(Refusal("opinions[1]", "long", "shorten it")))))
+        await call(Method(pickle.loads(pickle.dumps(Refusal("opinions[1]", "long", "shorten it")))))
     assert (caught.value.field, caught.value.value, caught.value.mend) == ("opinions[1]", "long", "shorten it")
-    assert await _call(Method(3)) == 3
+    with pytest.raises(Overloaded) as caught:
+        await call(Method(Busy(7)))
+    assert caught.value.headers == {"Retry-After": "7"}
+    assert await call(Method(3)) == 3
+
+
+async def test_a_lost_replicas_call_goes_to_another(monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
+    method = Method(DIED, UNAVAILABLE, 3, 4)
+    assert await call(method) == 3 and method.outcomes == [4]
+    method = Method(*[DIED] * TRIES, 3)
+    with pytest.raises(RayActorError):
+        await call(method)
+    assert method.outcomes == [3]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), TimeoutError(), BackPressureError(1, 1)])
+async def test_other_errors_are_not_tried_again(error):
+    method = Method(error, 3)
+    with pytest.raises((type(error), Overloaded)):
+        await call(method)
+    assert method.outcomes == [3]
 
 
 def test_the_curl_line_is_a_good_request():
@@ -187,11 +286,30 @@ def test_served_answer_is_the_librarys_candidate_for_candidate_and_score_for_sco
         assert (status, headers["content-type"]) == (422, "application/problem+json")
         assert problem["errors"][0]["field"] == "opinions[0]"
         assert ask(url, "/nowhere")[0] == 404
-        health = ask(url, "/healthz")[2]
-        assert health["policies"] == ["default", "other"] and len(health["versions"]) == 3
+        models = ask(url, "/v1/models")[2]
+        assert set(models["policies"]) == {"default", "other"} and models["preference_model"] == judge.version
         serve.run(Neighbour.bind(), name="neighbour", route_prefix="/neighbour")
     assert ray.is_initialized() and set(serve.status().applications) == {"neighbour"}  # they were not ours to stop
     serve.shutdown()
+
+
+@pytest.mark.slow
+def test_the_deploy_file_deploys(ray_cluster, tmp_path):
+    keys = yaml.safe_load((REPOSITORY / "configs" / "embedded" / "serve_deploy.yaml").read_text())
+    keys["applications"][0]["args"].update(database=f"sqlite:///{tmp_path}/service.db", max_new_tokens=12)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        keys["http_options"]["port"] = probe.getsockname()[1]
+    schema = ServeDeploySchema.model_validate(keys)
+    serve.start(http_options=HTTPOptions(**schema.http_options.model_dump()))
+    client = _get_global_client()
+    try:
+        client.deploy_apps(schema, _blocking=True)  # what `serve deploy` has the cluster do
+        url = f"http://{client.http_config.host}:{client.http_config.port}"  # not ours where Serve ran already
+        status, _, answer = ask(url, body={**REQUEST, "n": 2})
+        assert status == 200 and len(answer["candidates"]) == 2
+    finally:
+        serve.delete("consensus")
 
 
 @pytest.mark.slow
@@ -217,6 +335,8 @@ def test_serve_runs_until_interrupted_and_leaves_nothing(folders, tmp_path):
         line = next(line for line in process.stdout if line.startswith("Serving on "))
         url = line.split()[2]
         assert ask(url, body={**REQUEST, "n": 2})[0] == 200
+        kill_proxy(process.pid)
+        assert seconds_until_back(url) < 15  # it would be half a minute with Ray's own settings
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
         assert "Stopped." in process.stdout.read()
@@ -226,4 +346,26 @@ def test_serve_runs_until_interrupted_and_leaves_nothing(folders, tmp_path):
     with pytest.raises(urllib.error.URLError):
         ask(url, "/healthz")
     assert list(temporary.glob("consensus-*")) == []
+    deadline = time.monotonic() + 20
+    while list(temporary.glob("nursery-*")):  # it looks once a second whether Ray is there
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert not (tmp_path / ".ray").exists()  # no token left in the home folder
+
+
+def kill_proxy(pid):
+    """SIGKILL the HTTP proxy among the process's descendants."""
+    (proxy,) = (one for one in psutil.Process(pid).children(recursive=True) if "ProxyActor" in one.cmdline()[:1][0])
+    proxy.kill()
+    proxy.wait()
+
+
+def seconds_until_back(url):
+    begun = time.monotonic()
+    while True:
+        try:
+            if ask(url, "/healthz")[0] == 200:
+                return time.monotonic() - begun
+        except (urllib.error.URLError, ConnectionError, json.JSONDecodeError):
+            time.sleep(0.1)
+        assert time.monotonic() < begun + 60

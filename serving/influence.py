@@ -1,0 +1,81 @@
+"""What each opinion changed, by leaving it out (the exclusion test of Bakker et al. 2022): pure, like ``best_of_n``.
+
+The same request is answered once more without each opinion: every prompt loses that opinion and keeps its order and
+its random numbers, so that what differs is the opinion's doing as far as sampling allows. Both statements are judged
+by the other members alone; what the left-out member thinks of either does not count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import numpy as np
+
+from reward.welfare import welfare
+from serving.best_of_n import Judge, Plan, Sampler, answer
+from serving.result import Consensus, Influence
+
+CONCURRENT = 2
+"""Answers without an opinion under way at a time: one is sampled while another is judged."""
+
+
+def without(plan: Plan, member: int) -> Plan:
+    """The plan of the same request without one member's opinion; the members after it move up by one.
+
+    Args:
+        plan: of a group of at least 2.
+    """
+    opinions = plan.opinions[:member] + plan.opinions[member + 1 :]
+    orders = tuple(
+        replace(order, members=tuple(m - (m > member) for m in order.members if m != member)) for order in plan.orders
+    )
+    return replace(plan, opinions=opinions, orders=orders, influence=False)
+
+
+def influence_of(member: int, plan: Plan, whole: Consensus, rest: Consensus) -> Influence:
+    """The influence of one opinion.
+
+    Welfare is that of the predicted agreement, also where the choice was made with an ``uncertainty_penalty``.
+
+    Args:
+        plan: of ``whole``.
+        rest: the answer to ``without(plan, member)``.
+    """
+    before = np.array(rest.candidates[rest.index].utilities)
+    after = np.delete(whole.candidates[whole.index].utilities, member)
+    change = float(welfare(after, plan.used.function)) - float(welfare(before, plan.used.function))
+    return Influence(member, whole.statement != rest.statement, change, float((after - before).mean()))
+
+
+def answer_with_influence(sampler: Sampler, judge: Judge, plan: Plan) -> Consensus:
+    """``best_of_n.answer``, with the influence of every opinion where the plan asks for it."""
+    whole = answer(sampler, judge, plan)
+    if not plan.influence:
+        return whole
+    rests = [answer(sampler, judge, without(plan, member)) for member in range(len(plan.opinions))]
+    return replace(whole, influence=tuple(influence_of(i, plan, whole, rest) for i, rest in enumerate(rests)))
+
+
+async def add_influence(plan: Plan, whole: Consensus, answer: Callable[[Plan], Awaitable[Consensus]]) -> Consensus:
+    """The answer to a plan, with the influence of every opinion where the plan asks for it.
+
+    Args:
+        whole: the answer to ``plan``.
+        answer: answers the plans without an opinion; what it raises ends the others too.
+    """
+    if not plan.influence:
+        return whole
+    free = asyncio.Semaphore(CONCURRENT)
+
+    async def of(member: int) -> Influence:
+        async with free:
+            return influence_of(member, plan, whole, await answer(without(plan, member)))
+
+    tasks = [asyncio.ensure_future(of(member)) for member in range(len(plan.opinions))]
+    try:
+        return replace(whole, influence=tuple(await asyncio.gather(*tasks)))
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,92 @@
+"""The models behind deployment handles, as the HTTP interface sees them: calls that outlive a replica."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from deliberation.types import InputError
+from serving.best_of_n import AsyncJudge, Draft, Judgement, Order
+from serving.problems import Overloaded
+from serving.worker import Busy, Refusal
+
+TRIES = 5
+FIRST_PAUSE_S = 0.05
+
+log = logging.getLogger(__name__)
+
+
+async def call(method: Any, *args: Any) -> Any:
+    """Call a deployment's method; another replica gets the call when one dies or cannot be reached.
+
+    Calls may be repeated: scores and seeded samples depend on their arguments alone.
+
+    Raises:
+        InputError: what the deployment refused.
+        Overloaded: if its queue is full, or the server's behind it.
+        RayActorError: if ``TRIES`` replicas were lost one after the other.
+    """
+    for tried in range(1, TRIES + 1):
+        try:
+            result = await method.remote(*args)
+            break
+        except BackPressureError as error:
+            raise Overloaded from error
+        except RayActorError as error:
+            if tried == TRIES:
+                raise
+            log.warning("a replica was lost (%s), try %d of %d", type(error).__name__, tried, TRIES)
+            await asyncio.sleep(FIRST_PAUSE_S * 2 ** (tried - 1))
+    if isinstance(result, Refusal):
+        raise InputError(result.field, result.value, result.mend)
+    if isinstance(result, Busy):
+        raise Overloaded(result.retry_after_s)
+    return result
+
+
+class RemoteSampler:
+    """``AsyncSampler`` on a policy's deployment."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self._handle = handle
+
+    async def sample(self, question: str, opinions: Sequence[str], orders: Sequence[Order]) -> list[Draft]:
+        return await call(self._handle.sample, question, opinions, orders)
+
+
+class RemoteJudge:
+    """``AsyncJudge`` on a ``Reward`` deployment."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self._handle = handle
+
+    async def judge(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Judgement:
+        return await call(self._handle.judge, question, opinions, statements)
+
+
+class RemoteServices:
+    """``serving.api.Services`` on deployment handles.
+
+    Args:
+        policies: policy name -> its deployment.
+        reward: the preference model's.
+    """
+
+    def __init__(self, policies: Mapping[str, DeploymentHandle], reward: DeploymentHandle):
+        self.policies = tuple(policies)
+        self.judge: AsyncJudge = RemoteJudge(reward)
+        self._policies, self._reward = policies, reward
+
+    def sampler(self, policy: str) -> RemoteSampler:
+        return RemoteSampler(self._policies[policy])
+
+    async def versions(self) -> dict[str, str]:
+        handles = {"preference_model": self._reward, **{f"policy:{k}": v for k, v in self._policies.items()}}
+        found = await asyncio.gather(*(call(handle.version) for handle in handles.values()))
+        return dict(zip(handles, found, strict=True))

@@ -1,0 +1,99 @@
+"""Bodies of the smaller routes: scores, aggregates, models, health."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+
+from serving.checks import MAX_CANDIDATES, MAX_WAITING_MEMBERS, check_welfare
+from serving.fields import Schema, Text, rectangle, small_group, statements
+from serving.schemas import WelfareOut
+
+
+class ScoreRequest(Schema):
+    """Statements to be judged for every member of a group. Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    question: Text
+    """The question the group discusses."""
+
+    opinions: Annotated[
+        list[Text],
+        AfterValidator(small_group),
+        Field(json_schema_extra={"minItems": 1, "maxItems": MAX_WAITING_MEMBERS}),
+    ]
+    """One text a member."""
+
+    statements: Annotated[
+        list[Text], AfterValidator(statements), Field(json_schema_extra={"minItems": 1, "maxItems": MAX_CANDIDATES})
+    ]
+    """What they are asked to agree with."""
+
+
+class ScoreResponse(Schema):
+    """What every member is predicted to think of every statement: rows are members, columns statements."""
+
+    utilities: list[list[float]]
+    """Expected ratings, 1 to 7."""
+
+    agree: list[list[float]]
+    """Probabilities of a rating above 4."""
+
+    scores: list[list[float]]
+    """Raw preference-model scores."""
+
+    sd: list[list[float]] | None
+    """How sure the model is: standard deviations of the utilities; null without an ensemble."""
+
+    preference_model_weights: str
+    """Short SHA-256 of the preference model's weights."""
+
+
+class AggregateRequest(Schema):
+    """Utilities to be made one number a statement. Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    utilities: Annotated[list[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]], AfterValidator(rectangle)]
+    """One row a member, one column a statement; positive, on any one scale."""
+
+    welfare: Annotated[str | float, BeforeValidator(check_welfare)] = "nash"
+    """As in a consensus request."""
+
+    weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    """One number >= 0 a member; default: equal."""
+
+
+class AggregateResponse(Schema):
+    """Statements by welfare."""
+
+    welfare: list[float]
+    """Of each statement, on the scale of the utilities."""
+
+    ranking: list[int]
+    """Indices of the statements, the best first; equals in their order."""
+
+    welfare_used: WelfareOut
+    """Name and alpha of the welfare function."""
+
+
+class Models(Schema):
+    """The models that answer."""
+
+    default_policy: str
+    """Which policy answers a request that names none."""
+
+    policies: dict[str, str]
+    """Name -> short SHA-256 of its weights."""
+
+    preference_model: str
+    """Short SHA-256 of the preference model's weights."""
+
+
+class Health(Schema):
+    """The process is up (``/healthz``), or its models answer too (``/readyz``)."""
+
+    status: Literal["ok"]
+    """Always ``ok``; what is not ok is an error."""

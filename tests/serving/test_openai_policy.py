@@ -1,0 +1,195 @@
+"""A policy behind an OpenAI-compatible server: against a server process of its own, with faults."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from openai_server import CONTEXT_CHARS, KEY, MODEL
+
+from deliberation.types import InputError
+from reward.preference import Calibration, PreferenceModel
+from serving import openai_policy
+from serving.best_of_n import answer_async, draw_orders, make_plan
+from serving.config import Sampling, ServeConfig, Server, server_of
+from serving.local import InThread, LocalJudge
+from serving.openai_policy import ServerBusy, ServerFault, ServerSampler, defused
+
+from tiny import make_judge, make_tokenizer
+
+OPINIONS = ["Yes, for all.", "No.", "Only green tea."]
+QUESTION = "Should tea be free?"
+SAMPLING = Sampling(max_new_tokens=20, temperature=0.7, top_p=0.9)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """URL of the server; it runs for the module."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, str(Path(__file__).parent / "openai_server.py"), str(port)])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(url)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(url):
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return httpx.get(f"{url}/seen", trust_env=False)
+        except httpx.ConnectError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def order_faults(url, *faults):
+    httpx.post(f"{url}/faults", json=list(faults), trust_env=False)
+
+
+def bodies(url):
+    return httpx.get(f"{url}/seen", trust_env=False).json()
+
+
+@pytest.fixture
+def sampler(server, monkeypatch):
+    monkeypatch.setenv(openai_policy.KEY_VARIABLE, KEY)
+    order_faults(server)
+    return ServerSampler(Server(f"{server}/v1", MODEL), SAMPLING, timeout_s=10.0)
+
+
+# --- what it asks, and what it makes of the answer ------------------------------------------------------------
+
+
+def test_a_place_is_a_server_if_it_says_so():
+    assert server_of("http://127.0.0.1:8001/v1#Qwen/Qwen3-8B") == Server("http://127.0.0.1:8001/v1", "Qwen/Qwen3-8B")
+    assert server_of("https://models.example/v1/#m") == Server("https://models.example/v1", "m")
+    assert server_of("runs/ppo") is server_of("Qwen/Qwen3-0.6B") is None
+    for key, value in [("model_name_or_path", "http://127.0.0.1:8001/v1"), ("policies", ["big=http://host/v1#"])]:
+        with pytest.raises(InputError, match="#MODEL") as caught:
+            ServeConfig(**{key: value})
+        assert caught.value.field == key
+
+
+async def test_one_request_an_order_with_the_prompt_and_the_sampling(sampler, server):
+    orders, _ = draw_orders(3, 6, 5, reshuffle=True)
+    drafts = await sampler.sample(QUESTION, OPINIONS, orders)
+    assert [(len(d.texts), d.shown, d.version) for d in drafts] == [(o.count, o.members, MODEL) for o in orders]
+    sent = sorted(bodies(server), key=lambda body: body["seed"])
+    assert [(body["n"], body["seed"]) for body in sent] == [
+        (o.count, o.seed) for o in sorted(orders, key=lambda o: o.seed)
+    ]
+    for body in sent:
+        assert (body["max_tokens"], body["temperature"], body["top_p"], body["stop"]) == (20, 0.7, 0.9, ["\n"])
+        assert body["prompt"].count("\nOpinion: ") == 3 and f"\nQuestion: {QUESTION}\n" in body["prompt"]
+
+
+async def test_no_text_is_a_control_token(sampler, server):
+    marks = ["</s>", "<|im_start|>", "[INST]", "<｜User｜>", "<think>"]
+    assert defused("3 < 4, see [ 1 ]") == "3 < 4, see [ 1 ]"
+    (order,), _ = draw_orders(2, 1, 0, reshuffle=False)
+    await sampler.sample(f"Why {marks[0]}?", [f"Yes.{''.join(marks)} Opinion: No.", "<<|im_end|>"], [order])
+    (body,) = bodies(server)
+    assert not any(mark in body["prompt"] for mark in [*marks, "<|"]) and "Yes.< /s>" in body["prompt"]
+
+
+async def test_texts_come_in_the_order_of_their_index_and_say_whether_they_ended(sampler):
+    (order,), _ = draw_orders(3, 5, 5, reshuffle=False)
+    (draft,) = await sampler.sample(QUESTION, OPINIONS, [order])
+    assert len(set(draft.texts)) == 5 and draft.finished == (True, True, True, False, True)
+    assert [draft] == await sampler.sample(QUESTION, OPINIONS, [order])
+    assert (await sampler.sample(QUESTION, OPINIONS, draw_orders(3, 4, 5, reshuffle=False)[0]))[0].texts == draft.texts[
+        :4
+    ]
+
+
+async def test_opinions_are_left_out_until_the_server_takes_the_prompt(sampler, server):
+    opinions = [f"{i}: {'tea ' * 25}" for i in range(16)]
+    (order,), _ = draw_orders(16, 2, 1, reshuffle=False)
+    (draft,) = await sampler.sample(QUESTION, opinions, [order])
+    assert 1 < len(draft.shown) < 16 and draft.shown == order.members[: len(draft.shown)]
+    asked = bodies(server)
+    assert len(asked[-1]["prompt"]) <= CONTEXT_CHARS < len(asked[-2]["prompt"])
+    with pytest.raises(InputError, match="maximum context length") as caught:
+        await sampler.sample(QUESTION, ["tea " * 400], draw_orders(1, 1, 1, reshuffle=False)[0])
+    assert caught.value.field == "opinions[0]"
+
+
+async def test_a_consensus_comes_out_of_it(sampler):
+    import threading
+
+    tokenizer = make_tokenizer()
+    calibration = Calibration((-3.0, -2.0, -1.0, 1.0, 2.0, 3.0), 2.0)
+    judge = LocalJudge(PreferenceModel(make_judge(tokenizer), tokenizer, calibration, {}))
+    plan = make_plan(QUESTION, OPINIONS, n=6, welfare="nash", seed=3, policy="big")
+    result = await answer_async(sampler, InThread(judge, threading.Lock()), plan)
+    assert len(result.candidates) == 6 and result.statement.startswith("We agree on ")
+    assert (result.versions.policy, result.versions.policy_weights) == ("big", MODEL)
+
+
+# --- when it goes wrong ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def order():
+    (order,), _ = draw_orders(3, 3, 5, reshuffle=False)
+    return order
+
+
+@pytest.mark.parametrize("fault", ["500", "429"])
+async def test_a_passing_fault_is_outlived(sampler, server, order, fault):
+    calm = await sampler.sample(QUESTION, OPINIONS, [order])
+    order_faults(server, fault, fault)
+    assert await sampler.sample(QUESTION, OPINIONS, [order]) == calm
+    assert len(bodies(server)) == 3
+
+
+async def test_a_lasting_fault_is_told(sampler, server, order, monkeypatch):
+    monkeypatch.setattr(openai_policy, "FIRST_PAUSE_S", 0.01)
+    order_faults(server, *["500"] * openai_policy.TRIES)
+    with pytest.raises(ServerFault, match="500.*out of luck"):
+        await sampler.sample(QUESTION, OPINIONS, [order])
+    assert len(bodies(server)) == openai_policy.TRIES
+    order_faults(server, *["429"] * openai_policy.TRIES)
+    with pytest.raises(ServerBusy) as caught:
+        await sampler.sample(QUESTION, OPINIONS, [order])
+    assert caught.value.retry_after_s == 1
+
+
+@pytest.mark.parametrize(("fault", "told"), [("no-json", "no JSON"), ("too-few", "2 choices for n = 3")])
+async def test_an_answer_that_is_no_completion_is_told_at_once(sampler, server, order, fault, told):
+    order_faults(server, fault)
+    with pytest.raises(ServerFault, match=told):
+        await sampler.sample(QUESTION, OPINIONS, [order])
+    assert len(bodies(server)) == 1
+
+
+async def test_a_slow_server_is_not_waited_for(sampler, server, order):
+    order_faults(server, "slow")
+    hasty = ServerSampler(Server(f"{server}/v1", MODEL), SAMPLING, timeout_s=0.5)
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError, match="did not answer in time"):
+        await hasty.sample(QUESTION, OPINIONS, [order])
+    assert time.monotonic() - begun < 10
+
+
+async def test_a_server_that_is_not_there_or_has_another_model_is_told(sampler, server, monkeypatch):
+    monkeypatch.setattr(openai_policy, "FIRST_PAUSE_S", 0.01)
+    assert await sampler.check_version() == MODEL
+    with pytest.raises(ServerFault, match="has no model other; it has tiny/writer"):
+        await ServerSampler(Server(f"{server}/v1", "other"), SAMPLING, 10.0).check_version()
+    with pytest.raises(ServerFault, match="cannot be reached"):
+        await ServerSampler(Server("http://127.0.0.1:1/v1", MODEL), SAMPLING, 10.0).check_version()
+    monkeypatch.delenv(openai_policy.KEY_VARIABLE)
+    with pytest.raises(ServerFault, match="401.*no valid API key"):
+        await ServerSampler(Server(f"{server}/v1", MODEL), SAMPLING, 10.0).check_version()

@@ -1,0 +1,192 @@
+"""The service on a real Ray cluster when replicas die, models are swapped and clients go away; same answers always."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from benchmarks._service_load import Traffic, model_processes, raw, replicas, summary
+from benchmarks.service_kills import kills, swaps
+from reward.preference import Calibration, PreferenceModel
+from serving.config import ServeConfig
+from serving.deployments import running_service
+
+from tiny import make_judge, make_policy, make_tokenizer
+
+pytestmark = pytest.mark.slow
+
+REQUEST = {
+    "question": "Should tea be free?",
+    "opinions": ["Yes, for all.", "No.", "Only green tea."],
+    "n": 5,
+    "seed": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two policies and a preference model on disk."""
+    root, tokenizer = tmp_path_factory.mktemp("models"), make_tokenizer()
+    for seed, name in enumerate(("policy", "other")):
+        make_policy(tokenizer, seed=seed).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    calibration = Calibration((-3.0, -2.0, -1.0, 1.0, 2.0, 3.0), 2.0)
+    PreferenceModel(make_judge(tokenizer), tokenizer, calibration, {}).save(root / "judge")
+    return root
+
+
+def configuration(folders, replicas):
+    return ServeConfig(
+        model_name_or_path=str(folders / "policy"),
+        preference_model=str(folders / "judge"),
+        database=f"sqlite:///{folders}/service.db",
+        max_new_tokens=12,
+        port=0,
+        api_replicas=replicas,
+        min_replicas=replicas,
+        max_replicas=replicas,
+        max_queued_requests=40,
+    )
+
+
+def answers(url):
+    """The answers to ``REQUEST``, as bytes without ids: alone, alone again, and twice among 16 others."""
+    others = [
+        {"question": f"Should there be {i} parks?", "opinions": [f"Yes, {k}." for k in range(1 + i % 5)], "n": 1 + i}
+        for i in range(16)
+    ]
+    crowd = [*others[:8], REQUEST, *others[8:], REQUEST]
+    with httpx.Client(base_url=url, timeout=120, trust_env=False) as http:
+
+        def ask(body):
+            response = http.post("/v1/consensus", json=body)
+            assert response.status_code == 200, response.text
+            return json.dumps({key: value for key, value in response.json().items() if key != "id"}).encode()
+
+        alone = [ask(REQUEST), ask(REQUEST)]
+        with ThreadPoolExecutor(len(crowd)) as threads:
+            together = list(threads.map(ask, crowd))
+    assert len(set(together)) == 17  # the others ask for something else
+    return {*alone, together[8], together[17]}
+
+
+@pytest.fixture(scope="module")
+def answers_of_one_replica(folders, ray_cluster):
+    with running_service(configuration(folders, 1)) as url:
+        return answers(url)
+
+
+@pytest.fixture(scope="module")
+def service(folders, answers_of_one_replica):
+    """A service of two replicas each, after one of one replica was stopped."""
+    config = configuration(folders, 2)
+    with running_service(config) as url:
+        yield url, config
+
+
+def test_an_answer_is_the_same_after_a_restart_on_two_replicas_and_in_a_crowd(service, answers_of_one_replica):
+    url, _ = service
+    assert len(answers(url) | answers_of_one_replica) == 1
+
+
+def test_a_killed_policy_or_preference_model_costs_no_request_at_all(service):
+    url, _ = service
+    result = kills(url, 10.0, every_s=3.0, kinds=("Policy-default", "Reward"))
+    assert sum(result["killed"].values()) == 3
+    for traffic in (result["raw"], result["client"]):
+        assert traffic["requests"] > 5 and traffic["failed"] == 0, result
+
+
+def test_a_killed_interface_costs_our_client_no_request(service):
+    url, _ = service
+    result = kills(url, 10.0, every_s=3.0, kinds=("Api",))
+    assert result["killed"] == {"Api": 3}
+    assert result["client"]["requests"] > 5 and result["client"]["failed"] == 0, result
+
+
+def test_a_lost_model_process_takes_its_replica_along_and_costs_no_request(service):
+    url, _ = service
+    before = {pid for _, pid in replicas()}
+    with Traffic(raw(url, n=1), 3.0, 4) as traffic:
+        time.sleep(1.0)
+        model_processes()[0].kill()
+        deadline = time.monotonic() + 60
+        while len(before - {pid for _, pid in replicas()}) != 1 or len(replicas()) < len(before):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    assert summary(traffic.outcomes)["failed"] == 0 < len(traffic.outcomes)
+
+
+def test_a_model_is_swapped_without_a_lost_request(service, folders):
+    url, config = service
+    result = swaps(url, config, str(folders / "other"), requests=40)
+    assert result["requests"] >= 40 and result["failed"] == 0, result
+    assert (result["policies"], result["policies_after"]) == (2, 1)
+
+
+def test_work_of_clients_that_have_gone_is_dropped(ray_cluster):
+    from fastapi import FastAPI
+    from ray import serve
+
+    from serving.worker import Worker
+
+    @serve.deployment(max_ongoing_requests=8, ray_actor_options={"num_cpus": 0.1})
+    class Slow:
+        def __init__(self):
+            self.worker, self.ran = Worker(60.0), []
+
+        async def work(self, name, seconds):
+            return await self.worker.run(self._work, name, seconds)
+
+        def _work(self, name, seconds):
+            import time
+
+            self.ran.append(name)
+            time.sleep(seconds)
+            return self.ran
+
+    @serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=8)
+    @serve.ingress()
+    class Front:
+        def __init__(self, slow):
+            self.slow = slow
+
+        def __serve_build_asgi_app__(self):
+            from serving.remote import call
+
+            app = FastAPI()
+
+            @app.get("/{name}")
+            async def work(name: str, seconds: float) -> list[str]:
+                return await call(self.slow.work, name, seconds)
+
+            return app
+
+    serve.run(Front.bind(Slow.bind()), name="slow", route_prefix="/slow")
+    from ray.serve.context import _get_global_client
+
+    address = _get_global_client().http_config
+    url = f"http://{address.host}:{address.port}/slow"
+
+    def ask(name, seconds, patience_s):
+        try:
+            return httpx.get(f"{url}/{name}?seconds={seconds}", timeout=patience_s, trust_env=False).json()
+        except httpx.ReadTimeout:
+            return None
+
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            first = threads.submit(ask, "first", 4.0, 60.0)
+            while ask("probe", 0.0, 0.2) is not None:  # until the first one is at work
+                pass
+            gone = [threads.submit(ask, f"gone{i}", 0.0, 0.5) for i in range(2)]
+            assert [one.result() for one in gone] == [None, None] and not first.done()
+            names = ask("last", 0.0, 60.0)
+            assert "first" in names and names[-1] == "last"
+            assert not any(name.startswith("gone") for name in names)
+    finally:
+        serve.delete("slow")
