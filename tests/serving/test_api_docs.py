@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from stub import StubServices
+from test_client import Running
 
 from serving.api import make_app
 from serving.config import ServeConfig
 from serving.problems import KINDS
-
-from stub import StubServices
-from test_client import Running
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "api.md").read_text()

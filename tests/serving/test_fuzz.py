@@ -13,11 +13,10 @@ import schemathesis
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import CHECKS, load_all_checks
+from stub import StubServices
 
 from serving.api import make_app
 from serving.config import ServeConfig
-
-from stub import StubServices
 
 CASES = int(os.environ.get("FUZZ_CASES", "120"))
 OPERATIONS = 10

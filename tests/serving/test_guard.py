@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from stub import REQUEST, StubServices
 
 from serving.api import make_app
 from serving.config import ServeConfig
 from serving.metrics import HELP
-
-from stub import REQUEST, StubServices
 
 ROOT = Path(__file__).parents[2]
 
