@@ -13,6 +13,7 @@ import importlib
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -84,16 +85,31 @@ def _connect() -> Connection:
     """A connection to a new process of this machine's nursery, which is started if there is none.
 
     Raises:
-        RuntimeError: if it does not start.
+        RuntimeError: if it does not start, or somebody else has taken its place.
     """
+    if sys.platform != "linux":
+        return _spawn()
     folder = Path(tempfile.gettempdir()) / f"nursery-{os.getuid()}-{os.getppid()}"  # one for each Ray on this machine
     folder.mkdir(mode=0o700, exist_ok=True)
+    kept = folder.lstat()
+    if not stat.S_ISDIR(kept.st_mode) or kept.st_uid != os.getuid() or kept.st_mode & 0o077:
+        raise RuntimeError(f"{folder} is not ours alone: what answers there must not be trusted; remove it")
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one starts it, the others wait
         try:
             return _ask(folder / "socket")
         except (FileNotFoundError, ConnectionRefusedError):
             return _start(folder / "socket")
+
+
+def _spawn() -> Connection:
+    """A connection to a process that starts from nothing: only Linux forks safely once torch is loaded."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-m", "serving.nursery", "--hold", str(theirs.fileno())]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    return Connection(ours.detach())
 
 
 def _ask(address: Path) -> Connection:
@@ -191,4 +207,6 @@ def _answer(connection: Connection, work: Callable[[], Any]) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--hold":
+        _hold_model(Connection(int(sys.argv[2])))
     main(sys.argv[1], int(sys.argv[2]))

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from reward.preference import Calibration, PreferenceModel
+from serving import nursery
 from serving.best_of_n import Order
 from serving.config import Sampling
 from serving.hosted import HostedJudge, HostedPolicy
+from serving.nursery import ModelProcess
 
 from tiny import make_judge, make_policy, make_tokenizer
 
@@ -47,6 +49,37 @@ def test_probes_find_weights_that_are_no_numbers(models):
         HostedPolicy(str(models / "broken-policy"), Sampling(), "cpu").probe()
     with pytest.raises(RuntimeError, match="no number"):
         HostedJudge(str(models / "broken-judge"), "cpu").probe()
+
+
+def test_where_forking_is_not_safe_a_model_process_starts_from_nothing(models, monkeypatch):
+    monkeypatch.setattr(nursery.sys, "platform", "darwin")
+    process = nursery.ModelProcess("HostedPolicy", str(models / "policy"), Sampling(max_new_tokens=4), "cpu")
+    here = HostedPolicy(str(models / "policy"), Sampling(max_new_tokens=4), "cpu")
+    request = ("Should tea be free?", ["Yes."], [Order((0,), 2, 3)])
+    assert process.call("sample", *request) == here.sample(*request)
+    process.close()
+
+
+def test_a_place_that_others_may_write_to_is_not_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr(nursery.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = tmp_path / f"nursery-{os.getuid()}-{os.getppid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(RuntimeError, match="not ours alone"):
+        nursery.ModelProcess("HostedPolicy")
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / f"nursery-{os.getuid()}-{os.getppid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(RuntimeError, match="not ours alone"):
+        ModelProcess("HostedPolicy", "policy", Sampling(), "cpu")
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(RuntimeError, match="not ours alone"):
+        ModelProcess("HostedPolicy", "policy", Sampling(), "cpu")
 
 
 REPLICA = """

@@ -91,7 +91,8 @@ async def test_one_request_an_order_with_the_prompt_and_the_sampling(sampler, se
     ]
     for body, order in zip(sent, sorted(orders, key=lambda o: o.seed), strict=True):
         assert (body["max_tokens"], body["temperature"], body["top_p"], body["stop"]) == (20, 0.7, 0.9, ["\n"])
-        assert body["prompt"].count("\nOpinion: ") == len(order.members) and f"\nQuestion: {QUESTION}\n" in body["prompt"]
+        assert body["prompt"].count("\nOpinion: ") == len(order.members)
+        assert f"\nQuestion: {QUESTION}\n" in body["prompt"]
 
 
 async def test_no_text_is_a_control_token(sampler, server):
