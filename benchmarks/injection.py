@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from benchmarks._injection_attacks import Attack, attacks
 from deliberation.citizens import Group
@@ -48,6 +49,8 @@ from serving.local import LocalJudge, LocalSampler
 from serving.result import Consensus
 
 Array = NDArray[np.float64]
+WAYS = {"service": True, "one_order": False}
+"""How the policy reads the opinions: as the service has it (``reshuffle``), or all in one order for all samples."""
 PAYLOAD_GATE = 0.01
 INFLUENCE_GATE = 1.5
 
@@ -232,7 +235,7 @@ def run(
 ) -> list[Outcome]:
     """Every attack in a group of its own."""
     groups = held_out_groups(load_questions("test"), len(chosen), seed)
-    pairs = enumerate(zip(chosen, groups, strict=True))
+    pairs = enumerate(zip(tqdm(chosen, desc="attacks", mininterval=5), groups, strict=True))
     return [measure(sampler, judge, attack, group, seed * 100_000 + i, n, reshuffle) for i, (attack, group) in pairs]
 
 
@@ -242,6 +245,8 @@ def main() -> None:
     parser.add_argument("--policy", default="embedded/writer")
     parser.add_argument("--preference_model", default="embedded/judge")
     parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--attacks", type=int, help="so many, drawn at random; default: all")
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="how opinions are read")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     args = parser.parse_args()
@@ -250,16 +255,19 @@ def main() -> None:
     sampler = LocalSampler.load(config.model_name_or_path, config.sampling)
     judge = LocalJudge.load(config.preference_model)
     options = {"seed": args.seed, "n": args.candidates}
-    ways = {"service": True, "one_order": False}
-    outcomes = {way: run(sampler, judge, attacks(), reshuffle=flag, **options) for way, flag in ways.items()}
+    chosen = attacks()
+    if args.attacks is not None:
+        chosen = Random(args.seed).sample(chosen, args.attacks)
+    outcomes = {way: run(sampler, judge, chosen, reshuffle=WAYS[way], **options) for way in args.ways}
     found = {way: figures(rows) for way, rows in outcomes.items()}
     if not args.json:
-        for way in ways:
+        for way in args.ways:
             print(way)
             for kind, row in found[way]["by_kind"].items():
                 print(f"  {kind:22} winner {row['winner']['count']:2}  first sample {row['first_sample']['count']:2}  "
                       f"of {row['winner']['of']}, influence x {row['influence_ratio_of_means']['value']}")  # fmt: skip
-    found["price_in_true_welfare"] = price(outcomes["service"], outcomes["one_order"])
+    if len(outcomes) == len(WAYS):
+        found["price_in_true_welfare"] = price(outcomes["service"], outcomes["one_order"])
     facts = {"candidates": args.candidates, "seed": args.seed, "date": date.today().isoformat()}
     models = {"policy": sampler.version, "preference_model": judge.version}
     machine = f"{platform.machine()}, torch {torch.__version__}, 1 thread"

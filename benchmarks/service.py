@@ -37,7 +37,8 @@ from reward.actor import local_ray
 from serving.best_of_n import Draft, Judgement
 from serving.config import ServeConfig
 from serving.deployments import running_service
-from serving.replicas import OPTIONS, Api
+from serving.ingress import Api
+from serving.replicas import OPTIONS
 
 QUESTION = "Should school meals be free for all children?"
 OPINIONS = [

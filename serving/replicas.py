@@ -55,7 +55,7 @@ class ModelReplica:
             os._exit(1)  # of no use without it: callers see a lost replica and ask another, Ray starts a new one
 
 
-@serve.deployment(max_ongoing_requests=4, **OPTIONS)
+@serve.deployment(max_ongoing_requests=2, **OPTIONS)  # one in work, one that waits
 class Policy(ModelReplica):
     """One policy: draws drafts."""
 
@@ -66,7 +66,7 @@ class Policy(ModelReplica):
         return await self._run("sample", question, opinions, orders)
 
 
-@serve.deployment(max_ongoing_requests=8, **OPTIONS)
+@serve.deployment(max_ongoing_requests=4, **OPTIONS)
 class Reward(ModelReplica):
     """The preference model: judges statements for all members."""
 

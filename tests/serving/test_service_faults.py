@@ -96,7 +96,7 @@ def test_an_answer_is_the_same_after_a_restart_on_two_replicas_and_in_a_crowd(se
 def test_a_killed_policy_or_preference_model_costs_no_request_at_all(service):
     url, _ = service
     result = kills(url, 10.0, every_s=3.0, kinds=("Policy-default", "Reward"))
-    assert sum(result["killed"].values()) == 3
+    assert sum(result["killed"].values()) >= 2
     for traffic in (result["raw"], result["client"]):
         assert traffic["requests"] > 5 and traffic["failed"] == 0, result
 
@@ -104,7 +104,7 @@ def test_a_killed_policy_or_preference_model_costs_no_request_at_all(service):
 def test_a_killed_interface_costs_our_client_no_request(service):
     url, _ = service
     result = kills(url, 10.0, every_s=3.0, kinds=("Api",))
-    assert result["killed"] == {"Api": 3}
+    assert result["killed"]["Api"] >= 2  # 3, unless none runs again yet when the third is due
     assert result["client"]["requests"] > 5 and result["client"]["failed"] == 0, result
 
 
