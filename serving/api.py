@@ -27,10 +27,12 @@ from serving.best_of_n import Plan, make_plan
 from serving.checks import MAX_WAITING_MEMBERS, welfare_used
 from serving.config import DEFAULT_POLICY, ServeConfig
 from serving.guard import MAX_BODY_BYTES, Guard
+from serving.influence import add_influence
 from serving.keys import CONSENSUS, Caller, Doorkeeper
 from serving.ledger import DONE, FAILED, Entry, Ledger
 from serving.metrics import Metrics, ProcessMetrics
 from serving.problems import MEDIA_TYPE, ApiError, Overloaded, add_problem_handlers
+from serving.result import Consensus
 from serving.schemas import (
     ConsensusRequest,
     ConsensusResponse,
@@ -124,7 +126,13 @@ class Desk:
 
     async def answer(self, body: ConsensusRequest, report: Report = silent) -> ConsensusResponse:
         """The response, computed now."""
-        return ConsensusResponse.of(await carry_out(self.services, self.plan(body), self.metrics, report))
+        plan = self.plan(body)
+        whole = await carry_out(self.services, plan, self.metrics, report)
+
+        async def again(part: Plan) -> Consensus:
+            return await carry_out(self.services, part, self.metrics)
+
+        return ConsensusResponse.of(await add_influence(plan, whole, again))
 
     async def _recorded(self, body: str, report: Report) -> Any:
         return (await self.answer(ConsensusRequest.model_validate_json(body), report)).model_dump(mode="json")

@@ -100,6 +100,15 @@ def test_the_answer_holds_together(client):
     assert answer["versions"]["policy_weights"].startswith("sha256:")
 
 
+def test_influence_is_said_of_every_opinion_where_it_is_asked_for(client):
+    assert post(client).json()["influence"] is None
+    answer = post(client, influence=True).json()
+    assert [one["member"] for one in answer["influence"]] == [0, 1, 2]
+    assert any(one["changed"] or one["welfare_of_others"] for one in answer["influence"])
+    assert {**answer, "influence": None} == post(client).json()  # the answer itself is the same
+    assert post(client, influence=True, opinions=["Alone."]).json()["errors"][0]["field"] == "influence"
+
+
 def test_worst_cluster_is_refused_since_a_request_has_no_clusters(client):
     refused = post(client, welfare="worst_cluster")
     assert refused.status_code == 422 and "p10" in refused.text
