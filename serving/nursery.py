@@ -2,7 +2,7 @@
 
 Loading torch and transformers takes many times longer than loading a small model, and every replica would do it again.
 So the first replica of a machine starts the *nursery*: a process of one thread that imports both and from then on forks
-a *model process* for whoever asks. A replica that replaces a lost one is ready in a second or two, and what does not
+a *model process* for whoever asks. A replica that replaces a lost one need not import them again, and what does not
 change in memory is there once. A model process ends with the replica it works for, and the nursery with Ray.
 """
 
