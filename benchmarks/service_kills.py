@@ -50,9 +50,7 @@ NORMAL = 2.0
 
 def settings(folder: Path, **change: Any) -> ServeConfig:
     """``REPLICAS`` of everything, short requests, and a database of its own."""
-    keys = dict(
-        max_new_tokens=8, reshuffle=False, max_queued_requests=4, port=0, database=f"sqlite:///{folder}/service.db"
-    )
+    keys = dict(max_new_tokens=8, reshuffle=False, port=0, database=f"sqlite:///{folder}/service.db")
     replicas = dict(api_replicas=REPLICAS, min_replicas=REPLICAS, max_replicas=REPLICAS)
     return ServeConfig(**{**replicas, **keys, **change})
 
