@@ -17,7 +17,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
-"""How often a stream looks for new events, and how long it takes to see that a client came too late."""
+"""How often a stream looks for new events, seconds."""
 OVERLOADED_PAUSE_S = 1.0
 
 
@@ -75,12 +75,18 @@ class Background:
         await asyncio.to_thread(self._ledger.finish, entry, state, answer)
 
     async def _patiently(self, entry: Entry) -> Any:
-        """Nobody waits, so a full queue is waited for too."""
+        """Nobody waits, so a full queue is waited for too; what was reported before it was full comes out the same."""
+        told = met = 0
 
         async def report(events: Events) -> None:
-            await asyncio.to_thread(self._ledger.add_events, entry, events)
+            nonlocal told, met
+            new, met = events[max(0, told - met) :], met + len(events)
+            if new:
+                await asyncio.to_thread(self._ledger.add_events, entry, new)
+            told = max(told, met)
 
         while True:
+            met = 0
             try:
                 return await self._answer(entry.body, report)
             except Overloaded:

@@ -1,7 +1,7 @@
 """Sample N statements, score each for every member, aggregate, choose: the one path for library and service.
 
 Pure: models come in as a ``Sampler`` and a ``Judge``, in this process (``serving.local``) or behind a
-deployment handle (``serving.deployments``). ``answer`` and ``answer_async`` differ in ``await`` only.
+deployment handle (``serving.remote``); ``serving.answering`` does what ``answer`` does with models that are awaited.
 """
 
 from __future__ import annotations
@@ -242,13 +242,6 @@ def answer(sampler: Sampler, judge: Judge, plan: Plan) -> Consensus:
     """Carry out a plan: sample, score, choose."""
     drafts = sampler.sample(plan.question, plan.opinions, plan.orders)
     judgement = judge.judge(plan.question, plan.opinions, readable(statements(plan, drafts)))
-    return choose(plan, drafts, judgement)
-
-
-async def answer_async(sampler: AsyncSampler, judge: AsyncJudge, plan: Plan) -> Consensus:
-    """``answer`` for models that are awaited."""
-    drafts = await sampler.sample(plan.question, plan.opinions, plan.orders)
-    judgement = await judge.judge(plan.question, plan.opinions, readable(statements(plan, drafts)))
     return choose(plan, drafts, judgement)
 
 

@@ -125,10 +125,14 @@ class Ledger:
             return _change(connection, entry, lease=self._clock() + LEASE_S)
 
     def finish(self, entry: Entry, state: str, answer: Any) -> bool:
-        """Keep the answer (JSON-able), and say so as the last event; False if the entry is another's by now."""
+        """Keep the answer (JSON-able), and say so as the last event; False if the entry is another's by now.
+
+        A failure frees its idempotency key: the same request may be made again.
+        """
         data = json.dumps(answer)
+        freed = {"idempotency_key": None} if state == FAILED else {}
         with self._engine.begin() as connection:  # one transaction: no answer without its event
-            if not _change(connection, entry, state=state, answer=data):
+            if not _change(connection, entry, state=state, answer=data, **freed):
                 return False
             _append(connection, entry, [("done" if state == DONE else "error", data)])
             return True

@@ -16,7 +16,7 @@ class StubServices:
 
     Attributes:
         calls, ended: how often the policy was asked, and was done (or was told to stop).
-        failures: errors that the next calls of the policy raise, in order.
+        failures, judge_failures: errors that the next calls of the policy, and of the judge, raise, in order.
         pause_s: how long a call takes.
         gate: calls wait until it is set, where there is one.
     """
@@ -26,7 +26,8 @@ class StubServices:
     def __init__(self):
         self.calls, self.ended, self.failures, self.pause_s = 0, 0, [], 0.0
         self.gate: asyncio.Event | None = None
-        self.judge = _Judge()
+        self.judge_failures: list[Exception] = []
+        self.judge = _Judge(self)
 
     def sampler(self, policy):
         return _Sampler(self)
@@ -57,7 +58,12 @@ class _Sampler:
 
 
 class _Judge:
+    def __init__(self, services):
+        self.services = services
+
     async def judge(self, question, opinions, statements):
+        if self.services.judge_failures:
+            raise self.services.judge_failures.pop(0)
         size = (len(opinions), len(statements))
         worth = np.array([[(len(s) * 7 + len(o)) % 5 for s in statements] for o in opinions], dtype=np.float64)
         probabilities = np.full((*size, 7), 0.05)

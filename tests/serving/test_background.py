@@ -240,6 +240,23 @@ def test_a_full_queue_is_waited_for_where_nobody_waits(client, services):
     assert services.calls == 2
 
 
+def test_what_was_told_before_the_queue_was_full_is_not_told_again(client, services):
+    services.judge_failures = [Overloaded(1)]
+    events = events_of(post(client, {}, stream=True).text)
+    assert [kind for _, kind, _ in events] == ["queued", *["candidate"] * 4, "scored", "done"]
+    assert services.calls == 2
+
+
+def test_a_failure_in_the_background_frees_the_key_too(client, services):
+    services.failures = [RuntimeError("broken")]
+    location = post(client, {**ASYNC, "Idempotency-Key": "a"}).headers["location"]
+    assert finished(client, location)["status"] == "failed"
+    assert post(client, {"Idempotency-Key": "a"}).status_code == 200
+    again = post(client, {**ASYNC, "Idempotency-Key": "a"})
+    assert again.headers["location"] != location and finished(client, again.headers["location"])["status"] == "done"
+    assert client.get(location).json()["status"] == "failed"  # and can still be looked at
+
+
 def test_an_erased_request_is_gone_and_its_work_ends(client, services, config):
     services.gate = asyncio.Event()
     location = post(client, ASYNC).headers["location"]

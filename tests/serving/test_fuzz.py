@@ -18,7 +18,7 @@ from stub import StubServices
 from serving.api import make_app
 from serving.config import ServeConfig
 
-CASES = int(os.environ.get("FUZZ_CASES", "120"))
+CASES = int(os.environ.get("FUZZ_CASES", "130"))
 OPERATIONS = 10
 load_all_checks()
 NAMES = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")

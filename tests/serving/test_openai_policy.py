@@ -15,9 +15,9 @@ from openai_server import CONTEXT_CHARS, KEY, MODEL
 from deliberation.types import InputError
 from reward.preference import Calibration, PreferenceModel
 from serving import openai_policy
-from serving.best_of_n import answer_async, draw_orders, make_plan
+from serving.best_of_n import choose, draw_orders, make_plan, readable, statements
 from serving.config import Sampling, ServeConfig, Server, server_of
-from serving.local import InThread, LocalJudge
+from serving.local import LocalJudge
 from serving.openai_policy import ServerBusy, ServerFault, ServerSampler, defused
 
 from tiny import make_judge, make_tokenizer
@@ -127,13 +127,12 @@ async def test_opinions_are_left_out_until_the_server_takes_the_prompt(sampler, 
 
 
 async def test_a_consensus_comes_out_of_it(sampler):
-    import threading
-
     tokenizer = make_tokenizer()
     calibration = Calibration((-3.0, -2.0, -1.0, 1.0, 2.0, 3.0), 2.0)
     judge = LocalJudge(PreferenceModel(make_judge(tokenizer), tokenizer, calibration, {}))
     plan = make_plan(QUESTION, OPINIONS, n=6, welfare="nash", seed=3, policy="big")
-    result = await answer_async(sampler, InThread(judge, threading.Lock()), plan)
+    drafts = await sampler.sample(plan.question, plan.opinions, plan.orders)
+    result = choose(plan, drafts, judge.judge(plan.question, plan.opinions, readable(statements(plan, drafts))))
     assert len(result.candidates) == 6 and result.statement.startswith("We agree on ")
     assert (result.versions.policy, result.versions.policy_weights) == ("big", MODEL)
 
