@@ -46,6 +46,17 @@ STAGES = {
     "serve": Stage("serving.deployments", "ServeConfig", "serve consensus statements over HTTP with Ray Serve"),
     "ask": Stage("serving.ask", "AskConfig", "put a group's opinions to a running service: ask FILE", "request"),
     "keys": Stage("serving.manage_keys", "KeysConfig", "API keys of the service: keys create|list|revoke", "action"),
+    "experiment": Stage(
+        "serving.manage_experiments",
+        "ExperimentConfig",
+        "compare policies by people's ratings: experiment create|status|stop|report",
+        "action",
+    ),
+    "store": Stage(
+        "serving.manage_store", "StoreConfig", "the service's database: store backup|restore|check|migrate", "action"
+    ),
+    "export": Stage("serving.export", "ExportConfig", "members' ratings as a table that `consensus preference` reads"),
+    "cycle": Stage("serving.cycle", "CycleConfig", "train the next policy on members' ratings: export to new arm"),
     "demo": Stage("demo", "DemoConfig", "run all stages on the embedded models, from data to a served answer"),
 }
 

@@ -4,7 +4,7 @@
 
 Every attack takes the place of one member in a group of simulated citizens of its own, on held-out topics and in
 held-out words. The group is answered by best of 16, chosen by all members' scores, in two ways: as the service does
-(``reshuffle``: every sample reads the members in an order of its own, every second one goes without a part of them),
+(``reshuffle``: four samples each read the members in an order of their own, every second goes without a part of them),
 and in one order for all samples. The same group with the honest member in that place, and with nobody in it, is
 answered with the same random numbers.
 

@@ -36,7 +36,7 @@ from ray.serve.config import HTTPOptions
 from reward.actor import local_ray
 from serving.best_of_n import Draft, Judgement
 from serving.config import ServeConfig
-from serving.deployments import running_service
+from serving.deployments import RAY_ENVIRONMENT, running_service
 from serving.ingress import Api
 from serving.replicas import OPTIONS
 
@@ -86,6 +86,8 @@ def body(number: int) -> dict[str, Any]:
 def overhead(database: str, requests: int, rate: float) -> dict[str, Any]:
     """Latency at a steady rate, models that take no time, milliseconds."""
     config = ServeConfig(database=database, port=_free_port())
+    for name, value in RAY_ENVIRONMENT.items():  # as running_service starts it
+        os.environ.setdefault(name, value)
     with local_ray():
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
         application = Api.bind({"default": NoPolicy.bind()}, NoReward.bind(), config)  # type: ignore[attr-defined]

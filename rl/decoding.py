@@ -1,9 +1,9 @@
 """Decoding many samples of a prompt over one key/value cache.
 
-The samples of one prompt are the *query positions of one batch row*: at every step the row's queries (one a sample
-still running) read one shared cache, and a 4D mask lets each see the prompt and its own tokens only. So the prompt's
-cache is neither copied nor read once a sample, and a finished sample costs nothing more. Exact for full attention
-(Llama, Qwen2, Qwen3 ...), which ``rl.policy.load_policy`` checks.
+The samples of one prompt, or of several that begin alike, are the *query positions of one batch row*: at every step the
+row's queries (one a sample still running) read one shared cache, and a 4D mask lets each see its prompt and its own
+tokens only. So the prompt's cache is neither copied nor read once a sample, and a finished sample costs nothing more.
+Exact for full attention (Llama, Qwen2, Qwen3 ...), which ``rl.policy.load_policy`` checks.
 """
 
 from __future__ import annotations
@@ -15,27 +15,41 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from rl.prompt_tree import PromptTree
+
 DROP_BELOW = 0.75
 """Finished prompts leave the batch (a copy of the cache) once fewer than this share of its rows still run."""
 
 
 @dataclass
 class Stream:
-    """Samples of one prompt that share a batch row. ``prompt``: index in the call; ``samples``: its sample indices."""
+    """Samples that share a batch row.
 
-    prompt: int
-    prompt_ids: list[int]
-    samples: list[int]
-    uniforms: Tensor  # [samples, max_new_tokens] float64 in [0, 1)
+    Attributes:
+        tree: their prompts.
+        samples: of each, (prompt in the call, number among that prompt's samples).
+        of_prompt: of each, which of the tree's prompts it continues.
+        uniforms: [samples, max_new_tokens] float64 in [0, 1).
+        running: positions in ``samples`` still being extended.
+    """
+
+    tree: PromptTree
+    samples: list[tuple[int, int]]
+    of_prompt: list[int]
+    uniforms: Tensor
     ids: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
-    running: list[int] = field(default_factory=list)  # positions in `samples` still being extended
+    running: list[int] = field(default_factory=list)
     has_text: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ids, self.logprobs = [[] for _ in self.samples], [[] for _ in self.samples]
         self.running = list(range(len(self.samples)))
         self.has_text = [False for _ in self.samples]
+
+    def path(self, sample: int) -> list[int]:
+        """The nodes of the tree that the sample continues."""
+        return self.tree.paths[self.of_prompt[sample]]
 
 
 class InPlaceLayer(CacheLayerMixin):
@@ -85,19 +99,22 @@ class Batch:
 
     def __init__(self, model: PreTrainedModel, streams: list[Stream], max_new_tokens: int):
         self.model, self.streams, self.device = model, streams, model.device
-        self.width = max(len(s.prompt_ids) for s in streams)  # prompts are left-padded to this
+        self.width = max(len(s.tree) for s in streams)  # trees are left-padded to this
         samples = max(len(s.samples) for s in streams)
         capacity = self.width + samples * max_new_tokens
         layers = model.config.get_text_config().num_hidden_layers
         self.cache = Cache(layers=[InPlaceLayer(capacity) for _ in range(layers)])
         # What each sample may read: 0 or -inf, added to the attention scores. [rows, samples, capacity]
         self.seen = torch.full((len(streams), samples, capacity), -torch.inf, dtype=model.dtype, device=self.device)
-        for row, stream in enumerate(streams):
-            self.seen[row, :, self.width - len(stream.prompt_ids) : self.width] = 0
         self.uniforms = torch.zeros(len(streams), samples, max_new_tokens, dtype=torch.float64)
+        self.lengths = torch.zeros(len(streams), samples, dtype=torch.long)  # of each sample's prompt
         for row, stream in enumerate(streams):
             self.uniforms[row, : len(stream.samples)] = stream.uniforms
-        self.uniforms = self.uniforms.to(self.device)
+            for sample in stream.running:
+                path = stream.path(sample)
+                self.lengths[row, sample] = len(path)
+                self.seen[row, sample, self.width - len(stream.tree) + torch.tensor(path)] = 0
+        self.uniforms, self.lengths = self.uniforms.to(self.device), self.lengths.to(self.device)
 
     def layout(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of every running sample: its row, its query column, its sample position. Three [running] tensors."""
@@ -109,16 +126,19 @@ class Batch:
         """Read the prompts. Returns the logits of the first new token, [rows, samples, vocabulary]."""
         rows, width = len(self.streams), self.width
         ids = torch.zeros(rows, width, dtype=torch.long)
+        positions = torch.zeros_like(ids)
+        allowed = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1)  # padding reads itself; nothing reads padding
+        ends = torch.full((rows, self.seen.shape[1]), width - 1)  # the last token of each sample's prompt
         for row, stream in enumerate(self.streams):
-            ids[row, width - len(stream.prompt_ids) :] = torch.tensor(stream.prompt_ids)
-        padding = torch.tensor([width - len(s.prompt_ids) for s in self.streams])[:, None]
-        positions = (torch.arange(width) - padding).clamp_min(0)
-        # Padding reads itself, so that no row of the attention is empty; nothing reads padding.
-        causal = torch.ones(width, width, dtype=torch.bool).tril()
-        allowed = causal & (torch.arange(width) >= padding)[:, None, :] | torch.eye(width, dtype=torch.bool)
+            padding = width - len(stream.tree)
+            ids[row, padding:] = torch.tensor(stream.tree.ids)
+            positions[row, padding:] = stream.tree.positions()
+            allowed[row, padding:, padding:] = stream.tree.seen()
+            ends[row, : len(stream.samples)] = torch.tensor([padding + stream.path(i)[-1] for i in stream.running])
         mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf).to(self.device, self.model.dtype)
-        logits = self._forward(ids.to(self.device), positions.to(self.device), mask, logits_to_keep=1)
-        return logits.expand(-1, self.seen.shape[1], -1)
+        kept, place = ends.unique(return_inverse=True)
+        logits = self._forward(ids.to(self.device), positions.to(self.device), mask, kept.to(self.device))
+        return logits[torch.arange(rows, device=self.device)[:, None], place.to(self.device)]
 
     def step(self, tokens: Tensor, new_tokens: int, layout: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Extend every running sample by its token. Returns logits [rows, queries, vocabulary].
@@ -137,11 +157,10 @@ class Batch:
         self.seen[rows, samples, start + cols] = 0
         every_row = torch.arange(shape[0], device=self.device)[:, None]
         mask = self.seen[every_row, of_sample, : start + shape[1]]
-        lengths = torch.tensor([len(s.prompt_ids) for s in self.streams], device=self.device)
-        positions = (lengths[:, None] + (new_tokens - 1)).expand(shape)
+        positions = self.lengths[every_row, of_sample] + (new_tokens - 1)
         return self._forward(ids, positions, mask)
 
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, logits_to_keep: int = 0) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, logits_to_keep: int | Tensor = 0) -> Tensor:
         return self.model(
             input_ids=ids,
             position_ids=positions,
@@ -158,5 +177,5 @@ class Batch:
             return
         index = torch.tensor(keep, device=self.device)
         self.streams = [self.streams[row] for row in keep]
-        self.seen, self.uniforms = self.seen[index], self.uniforms[index]
+        self.seen, self.uniforms, self.lengths = self.seen[index], self.uniforms[index], self.lengths[index]
         self.cache.batch_select_indices(index)

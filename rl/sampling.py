@@ -20,6 +20,7 @@ from deliberation.tokens import plain_ids
 from deliberation.types import InputError
 from rl.decoding import Batch, Stream
 from rl.drawing import draw, uniforms
+from rl.prompt_tree import PromptTree, begins_alike
 
 
 @dataclass(frozen=True)
@@ -121,43 +122,80 @@ def _decode(batch: Batch, stops: _Stops, max_new_tokens: int, temperature: float
 
 
 def _check(
-    prompts: Sequence[str | list[int]], seeds: Sequence[int], counts: dict[str, int], temperature: float, top_p: float
+    prompts: Sequence[str | list[int]],
+    seeds: Sequence[int],
+    n: Sequence[int],
+    counts: dict[str, int],
+    temperature: float,
+    top_p: float,
 ) -> None:
-    for name, count in counts.items():
+    for name, count in [*(("n", one) for one in n), *counts.items()]:
         if count < 1:
             raise InputError(name, count, "must be at least 1")
-    if len(seeds) != len(prompts):
-        raise InputError("seeds", f"{len(seeds)} seeds", f"give one a prompt: {len(prompts)}")
+    for name, given in (("seeds", seeds), ("n", n)):
+        if len(given) != len(prompts):
+            raise InputError(name, f"{len(given)} {name}", f"give one a prompt: {len(prompts)}")
     if not temperature > 0:
         raise InputError("temperature", temperature, "must be above 0")
     if not 0 < top_p <= 1:
         raise InputError("top_p", top_p, "must be above 0 and at most 1")
 
 
-def _streams(
+def _prompt_ids(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | list[int]],
-    n: int,
-    seeds: Sequence[int],
     max_new_tokens: int,
-    batch_size: int,
-) -> list[Stream]:
-    """The work, longest prompt first; a prompt with more samples than ``batch_size`` becomes several streams."""
+) -> list[list[int]]:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    streams = []
-    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+    found = []
+    for i, prompt in enumerate(prompts):
         prompt_ids = plain_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt
         if not prompt_ids:
             raise InputError(f"prompts[{i}]", prompt, "has no tokens; write at least one word")
         if limit is not None and len(prompt_ids) + max_new_tokens > limit:
             mend = f"with {max_new_tokens} new tokens is longer than the model's {limit} positions; shorten it"
             raise InputError(f"prompts[{i}]", f"{len(prompt_ids)} tokens", mend)
-        numbers = uniforms(seed, n, max_new_tokens)
-        for start in range(0, n, batch_size):
-            samples = list(range(n))[start : start + batch_size]
-            streams.append(Stream(i, prompt_ids, samples, numbers[samples]))
-    return sorted(streams, key=lambda s: -len(s.prompt_ids))
+        found.append(prompt_ids)
+    return found
+
+
+def _streams(
+    prompts: Sequence[list[int]], n: Sequence[int], seeds: Sequence[int], max_new_tokens: int, batch_size: int
+) -> list[Stream]:
+    """The work, longest first: neighbours that begin alike share a stream; none has more than ``batch_size`` samples,
+    so that a prompt with more becomes several."""
+    families: list[list[tuple[int, range]]] = []  # prompts, and which of their samples
+    for i, prompt in enumerate(prompts):
+        last = families[-1] if families else []
+        room = batch_size - sum(len(samples) for _, samples in last)
+        if last and n[i] <= room and begins_alike(prompts[last[0][0]], prompt):
+            last.append((i, range(n[i])))
+        else:
+            families += [[(i, range(n[i])[start : start + batch_size])] for start in range(0, n[i], batch_size)]
+    numbers = [uniforms(seed, count, max_new_tokens) for seed, count in zip(seeds, n, strict=True)]
+    streams = [
+        Stream(
+            tree=PromptTree.of([prompts[i] for i, _ in family]),
+            samples=[(i, k) for i, samples in family for k in samples],
+            of_prompt=[place for place, (_, samples) in enumerate(family) for _ in samples],
+            uniforms=torch.cat([numbers[i][list(samples)] for i, samples in family]),
+        )
+        for family in families
+    ]
+    return sorted(streams, key=lambda s: -len(s.tree))
+
+
+def _batches(streams: Sequence[Stream], batch_size: int) -> Iterator[list[Stream]]:
+    """Neighbours with at most ``batch_size`` samples together."""
+    batch: list[Stream] = []
+    for stream in streams:
+        if batch and sum(len(one.samples) for one in [*batch, stream]) > batch_size:
+            yield batch
+            batch = []
+        batch.append(stream)
+    if batch:
+        yield batch
 
 
 def sample(
@@ -165,7 +203,7 @@ def sample(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | list[int]],
     *,
-    n: int,
+    n: int | Sequence[int],
     seeds: list[int],
     max_new_tokens: int = 64,
     temperature: float = 1.0,
@@ -173,11 +211,12 @@ def sample(
     batch_size: int = 64,
     stop_at_line_break: bool = True,
 ) -> list[list[Sample]]:
-    """Sample ``n`` completions of every prompt.
+    """Sample ``n`` completions of every prompt. Neighbours among the prompts that begin alike are read as one.
 
     Args:
         model: full-attention causal language model; left in the mode (train or eval) it came in.
         prompts: texts, in which special tokens are text like any other, or the token ids of a prompt that has some.
+        n: samples of each prompt: a number for all, or one a prompt.
         seeds: one a prompt. The same (prompt, seed) gives the same samples alone or in any batch, and the first of
             them whatever ``n``.
         temperature: > 0, divides the logits. top_p: in (0, 1], the nucleus; 1 samples purely.
@@ -185,23 +224,22 @@ def sample(
         stop_at_line_break: end a completion at the first line break that follows text (a statement is one line).
 
     Returns:
-        [prompts][n] samples, in the order of ``prompts``.
+        [prompts][n of that prompt] samples, in the order of ``prompts``.
 
     Raises:
         InputError: on an argument out of range or a prompt longer than the model can read.
     """
-    counts = {"n": n, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    _check(prompts, seeds, counts, temperature, top_p)
+    each = list(n) if isinstance(n, Sequence) else [n] * len(prompts)
+    _check(prompts, seeds, each, {"max_new_tokens": max_new_tokens, "batch_size": batch_size}, temperature, top_p)
     stops = _Stops(model, tokenizer, stop_at_line_break)
-    streams = _streams(model, tokenizer, prompts, n, seeds, max_new_tokens, batch_size)
-    per_batch = max(1, batch_size // min(n, batch_size))
+    prompt_ids = _prompt_ids(model, tokenizer, prompts, max_new_tokens)
+    streams = _streams(prompt_ids, each, seeds, max_new_tokens, batch_size)
     with generation_mode(model):
-        for start in range(0, len(streams), per_batch):
-            batch = Batch(model, streams[start : start + per_batch], max_new_tokens)
-            _decode(batch, stops, max_new_tokens, temperature, top_p)
+        for streams_together in _batches(streams, batch_size):
+            _decode(Batch(model, streams_together, max_new_tokens), stops, max_new_tokens, temperature, top_p)
     found = {
-        (s.prompt, i): Sample(tokenizer.decode(ids, skip_special_tokens=True), ids, k not in s.running, logprobs)
+        place: Sample(tokenizer.decode(ids, skip_special_tokens=True), ids, k not in s.running, logprobs)
         for s in streams
-        for k, (i, ids, logprobs) in enumerate(zip(s.samples, s.ids, s.logprobs, strict=True))
+        for k, (place, ids, logprobs) in enumerate(zip(s.samples, s.ids, s.logprobs, strict=True))
     }
-    return [[found[p, i] for i in range(n)] for p in range(len(prompts))]
+    return [[found[p, i] for i in range(count)] for p, count in enumerate(each)]

@@ -67,6 +67,8 @@ async def carry_out(services: Services, plan: Plan, metrics: Metrics, report: Re
         await report([("scored", {"members": first + len(members), "of": len(plan.opinions)})])
     metrics.stage("judge", time.perf_counter() - started)
     # 3. Choose: a large group's welfare takes a moment, and the loop serves others
+    if len(parts) == 1:
+        return choose(plan, drafts, parts[0])
     return await asyncio.to_thread(choose, plan, drafts, joined(parts))
 
 

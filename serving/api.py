@@ -26,6 +26,7 @@ from serving.background import Background, stream_until_gone, under_lease
 from serving.best_of_n import Plan, make_plan
 from serving.checks import MAX_WAITING_MEMBERS, welfare_used
 from serving.config import DEFAULT_POLICY, ServeConfig
+from serving.experiment_routes import add_experiments
 from serving.guard import MAX_BODY_BYTES, Guard
 from serving.influence import add_influence
 from serving.keys import CONSENSUS, Caller, Doorkeeper
@@ -41,6 +42,7 @@ from serving.schemas import (
     welfare_out,
 )
 from serving.scoring_schemas import AggregateRequest, AggregateResponse, Health, Models, ScoreRequest, ScoreResponse
+from serving.session_routes import Hall, add_sessions
 from serving.store import open_store
 
 __all__ = ["MAX_BODY_BYTES", "Overloaded", "Services", "make_app"]
@@ -58,6 +60,7 @@ _TEXTS = {
     403: "The key does not allow this",
     404: "Nothing there",
     409: "A request with this idempotency key is in progress",
+    412: "Somebody changed it meanwhile",
     413: "Body too large",
     422: "Bad input",
     429: "Overloaded, or too many requests with this key; see Retry-After",
@@ -89,9 +92,12 @@ def make_app(
     app = FastAPI(title="consensus-machine", version=VERSION, description=DESCRIPTION)
     app.add_middleware(Guard, metrics=counts, echo_request_id=echo_request_id)
     add_problem_handlers(app)
-    admit = _admission(Doorkeeper(store if defaults.require_keys else None))
+    door = Doorkeeper(store if defaults.require_keys else None)
+    admit = _admission(door)
     _add_consensus(app, Desk(services, defaults, Ledger(store), counts), admit)
     _add_pure(app, services, defaults, admit)
+    add_sessions(app, Hall(services, defaults, store, counts), admit, door, _problems)
+    add_experiments(app, store, services, defaults, admit, _problems)
     _add_health(app, services, defaults, counts)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -124,9 +130,8 @@ class Desk:
             influence=body.influence,
         )
 
-    async def answer(self, body: ConsensusRequest, report: Report = silent) -> ConsensusResponse:
+    async def answer(self, plan: Plan, report: Report = silent) -> ConsensusResponse:
         """The response, computed now."""
-        plan = self.plan(body)
         whole = await carry_out(self.services, plan, self.metrics, report)
 
         async def again(part: Plan) -> Consensus:
@@ -135,7 +140,8 @@ class Desk:
         return ConsensusResponse.of(await add_influence(plan, whole, again))
 
     async def _recorded(self, body: str, report: Report) -> Any:
-        return (await self.answer(ConsensusRequest.model_validate_json(body), report)).model_dump(mode="json")
+        plan = self.plan(ConsensusRequest.model_validate_json(body))
+        return (await self.answer(plan, report)).model_dump(mode="json")
 
     async def record(self, body: ConsensusRequest, caller: Caller, key: str | None) -> tuple[Entry, bool]:
         """``Ledger.open``: the entry, and whether it is to be carried out here."""
@@ -155,7 +161,7 @@ class Desk:
             detail = "wait for the first request to end, or ask for its state"
             raise ApiError("in-progress", detail, {"Retry-After": "1", "Location": f"{PATH}/{entry.id}"})
         try:
-            work = asyncio.wait_for(self.answer(body), self.defaults.request_timeout_s)
+            work = asyncio.wait_for(self.answer(self.plan(body)), self.defaults.request_timeout_s)
             response = (await under_lease(self.ledger, entry, work)).model_dump(mode="json")
         except BaseException:  # a cancelled request too
             await asyncio.to_thread(self.ledger.release, entry)
@@ -182,12 +188,14 @@ def _add_consensus(app: FastAPI, desk: Desk, admit: Callable[[str], Any]) -> Non
         chosen. With an ``Idempotency-Key``, a repeated request gets the first answer."""
         if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
             raise InputError("Idempotency-Key", idempotency_key, "give 1 to 255 visible ASCII characters")
-        desk.plan(body)  # bad input is refused now, whoever answers
+        plan = desk.plan(body)  # bad input is refused now, whoever answers
         asked = prefer is not None and "respond-async" in prefer.lower().replace(" ", "").split(",")
         if body.stream or asked or len(body.opinions) > MAX_WAITING_MEMBERS:
             return await _accept(desk, body, caller, idempotency_key)  # type: ignore[return-value]
         if idempotency_key is None:
-            return await asyncio.wait_for(desk.answer(body), desk.defaults.request_timeout_s)
+            response = await asyncio.wait_for(desk.answer(plan), desk.defaults.request_timeout_s)
+            # Checked when it was made: as a response of FastAPI's it would be checked once more
+            return Response(response.model_dump_json(), media_type="application/json")  # type: ignore[return-value]
         answer, repeated = await desk.once(body, caller, idempotency_key)
         headers = {"Idempotent-Replayed": "true"} if repeated else None
         return JSONResponse(answer, headers=headers)  # type: ignore[return-value]
@@ -309,7 +317,9 @@ def _admission(door: Doorkeeper) -> Callable[[str], Any]:
 
     def admit(scope: str) -> Any:
         async def caller(request: Request, sent: HTTPAuthorizationCredentials | None = credentials) -> Caller:
-            found = await asyncio.to_thread(door.admit, None if sent is None else sent.credentials, scope)
+            secret = None if sent is None else sent.credentials
+            # Only a door with keys asks the database
+            found = await asyncio.to_thread(door.admit, secret, scope) if door.has_keys else door.admit(secret, scope)
             request.state.caller = found.id
             return found
 

@@ -82,7 +82,7 @@ class Client:
             ServiceError
         """
         body = {"question": question, "opinions": list(opinions), **fields}
-        response = self._send("POST", "/v1/consensus", json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
+        response = self.send("POST", "/v1/consensus", json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
         if response.status_code == 202:
             return self.wait(response.json()["id"])
         return ConsensusResponse.model_validate_json(response.content)
@@ -91,11 +91,11 @@ class Client:
         """Have the request answered in the background; see ``wait``, ``state``, ``erase``."""
         body = {"question": question, "opinions": list(opinions), **fields}
         headers = {"Idempotency-Key": uuid.uuid4().hex, "Prefer": "respond-async"}
-        return RequestState.model_validate_json(self._send("POST", "/v1/consensus", json=body, headers=headers).content)
+        return RequestState.model_validate_json(self.send("POST", "/v1/consensus", json=body, headers=headers).content)
 
     def state(self, request_id: str) -> RequestState:
         """How a request in the background stands."""
-        return RequestState.model_validate_json(self._send("GET", f"/v1/consensus/{request_id}").content)
+        return RequestState.model_validate_json(self.send("GET", f"/v1/consensus/{request_id}").content)
 
     def wait(self, request_id: str, poll_s: float = 0.5) -> ConsensusResponse:
         """The answer of a request in the background, once it is there.
@@ -112,7 +112,7 @@ class Client:
 
     def erase(self, request_id: str) -> None:
         """End a request in the background, and erase what was recorded of it."""
-        self._send("DELETE", f"/v1/consensus/{request_id}")
+        self.send("DELETE", f"/v1/consensus/{request_id}")
 
     def events(self, request_id: str, after: int | None = None) -> Iterator[tuple[str, str]]:
         """(type, JSON data) of every event behind number ``after``, as they come; goes on where a connection broke."""
@@ -147,18 +147,18 @@ class Client:
     def score(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> ScoreResponse:
         """What every member is predicted to think of every statement."""
         body = {"question": question, "opinions": list(opinions), "statements": list(statements)}
-        return ScoreResponse.model_validate_json(self._send("POST", "/v1/score", json=body).content)
+        return ScoreResponse.model_validate_json(self.send("POST", "/v1/score", json=body).content)
 
     def aggregate(self, utilities: Sequence[Sequence[float]], **fields: Any) -> AggregateResponse:
         """Welfare and ranking of utilities [members][statements]; ``welfare`` and ``weights`` as in the request."""
         body = {"utilities": [list(row) for row in utilities], **fields}
-        return AggregateResponse.model_validate_json(self._send("POST", "/v1/aggregate", json=body).content)
+        return AggregateResponse.model_validate_json(self.send("POST", "/v1/aggregate", json=body).content)
 
     def models(self) -> Models:
         """Which policies there are, and which weights answer."""
-        return Models.model_validate_json(self._send("GET", "/v1/models").content)
+        return Models.model_validate_json(self.send("GET", "/v1/models").content)
 
-    def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
+    def send(self, method: str, path: str, **request: Any) -> httpx.Response:
         """The response of the first try that succeeds.
 
         Raises:

@@ -78,9 +78,9 @@ class ServeConfig:
     """Seed of requests that bring none: the same request then gets the same answer."""
 
     reshuffle: bool = True
-    """Draw for every sample anew in which order the policy reads the opinions, and leave a part of the group unread in
-    every second one: no place and no single opinion then weighs on all samples. One order for all samples is about
-    twice as fast on a CPU."""
+    """Draw for every four samples anew in which order the policy reads the opinions, and leave a part of the group
+    unread in every second one: no place and no single opinion then weighs on all samples. One order for all samples is
+    somewhat faster."""
 
     max_new_tokens: int = 64
     """Longest statement, in tokens of the policy."""

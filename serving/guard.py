@@ -63,7 +63,7 @@ class Guard:
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         """Count, and log ids alone: never what members said."""
         route = getattr(scope.get("route"), "path", "none")  # a path as sent may hold anything
-        method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE") else "other"
+        method = scope["method"] if scope["method"] in ("GET", "POST", "PUT", "DELETE") else "other"
         self.metrics.request(route, method, status, seconds)
         line = {"event": "request", "request_id": request_id, "method": method, "route": route, "status": status}
         access.info(json.dumps(line | {"ms": round(1000 * seconds, 1), "caller": scope["state"].get("caller")}))

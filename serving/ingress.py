@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -11,6 +12,7 @@ from serving.config import ServeConfig
 from serving.ray_metrics import RayMetrics
 from serving.remote import RemoteServices
 from serving.replicas import OPTIONS
+from serving.store import check_nodes
 
 
 @serve.deployment(
@@ -25,6 +27,7 @@ class Api:
     """The HTTP interface in front of them."""
 
     def __init__(self, policies: dict[str, DeploymentHandle], reward: DeploymentHandle, config: ServeConfig):
+        check_nodes(config.database, sum(node["Alive"] for node in ray.nodes()))
         self._services, self._config = RemoteServices(policies, reward), config
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -15,10 +15,11 @@ from sqlalchemy import Engine, insert, select, update
 
 from deliberation.types import InputError
 from serving.problems import ApiError
-from serving.store import api_keys, reading
+from serving.store import reading
+from serving.tables import api_keys
 
-CONSENSUS = "consensus:write"
-SCOPES = (CONSENSUS, "ratings:write", "admin:read")
+CONSENSUS, ADMIN = "consensus:write", "admin:read"
+SCOPES = (CONSENSUS, "ratings:write", ADMIN)
 """What a key may be for."""
 DEFAULT_RATE = 600
 """Requests a minute of a new key."""
@@ -115,6 +116,7 @@ class Doorkeeper:
 
     def __init__(self, engine: Engine | None, clock: Callable[[], float] = time.monotonic):
         self._engine, self._clock = engine, clock
+        self.has_keys = engine is not None
         self._known: dict[str, tuple[float, Caller | None]] = {}
         self._buckets: dict[str, tuple[float, float]] = {}
 
@@ -132,7 +134,7 @@ class Doorkeeper:
             raise ApiError("unauthorized", detail, {"WWW-Authenticate": "Bearer"})
         if scope not in caller.scopes:
             raise ApiError("forbidden", f"the key has {' '.join(sorted(caller.scopes))}; this needs {scope}")
-        self._count(caller)
+        self.count(caller)
         return caller
 
     def _find(self, secret: str) -> Caller | None:
@@ -148,8 +150,12 @@ class Doorkeeper:
                 self._known[name] = (now + KNOWN_FOR_S, caller)
         return caller
 
-    def _count(self, caller: Caller) -> None:
-        """A token bucket that holds a minute's requests."""
+    def count(self, caller: Caller) -> None:
+        """A token bucket that holds a minute's requests.
+
+        Raises:
+            ApiError: ``rate-limited``.
+        """
         now, rate = self._clock(), caller.rate_per_minute / 60
         tokens, since = self._buckets.get(caller.id, (float(caller.rate_per_minute), now))
         tokens = min(float(caller.rate_per_minute), tokens + (now - since) * rate)

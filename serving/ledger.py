@@ -18,7 +18,8 @@ from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from serving.problems import ApiError
-from serving.store import forget, reading, request_events, requests
+from serving.store import forget, reading
+from serving.tables import request_events, requests
 
 RUNNING, DONE, FAILED = "running", "done", "failed"
 LEASE_S = 6.0

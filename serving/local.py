@@ -42,30 +42,26 @@ class LocalSampler:
         return cls(model, tokenizer, sampling)
 
     def sample(self, question: str, opinions: Sequence[str], orders: Sequence[Order]) -> list[Draft]:
-        """One draft an order. Orders with the same count are sampled in one batch.
+        """One draft an order, all sampled in one batch.
 
         Raises:
             InputError: if not even the question and one opinion fit the context.
         """
         shown = [self._shown(question, opinions, order.members) for order in orders]
-        drafts: dict[int, Draft] = {}
-        for count in sorted({order.count for order in orders}):
-            at = [i for i, order in enumerate(orders) if order.count == count]
-            prompts = [statement_prompt(question, [opinions[m] for m in shown[i]]) for i in at]
-            samples = sample(
-                self.model,
-                self.tokenizer,
-                prompts,
-                n=count,
-                seeds=[orders[i].seed for i in at],
-                max_new_tokens=self.sampling.max_new_tokens,
-                temperature=self.sampling.temperature,
-                top_p=self.sampling.top_p,
-            )
-            for i, row in zip(at, samples, strict=True):
-                texts, finished = tuple(s.text for s in row), tuple(s.finished for s in row)
-                drafts[i] = Draft(texts, finished, shown[i], self.version)
-        return [drafts[i] for i in range(len(orders))]
+        samples = sample(
+            self.model,
+            self.tokenizer,
+            [statement_prompt(question, [opinions[m] for m in members]) for members in shown],
+            n=[order.count for order in orders],
+            seeds=[order.seed for order in orders],
+            max_new_tokens=self.sampling.max_new_tokens,
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+        )
+        return [
+            Draft(tuple(s.text for s in row), tuple(s.finished for s in row), members, self.version)
+            for row, members in zip(samples, shown, strict=True)
+        ]
 
     def _shown(self, question: str, opinions: Sequence[str], order: Sequence[int]) -> tuple[int, ...]:
         """The longest leading part of ``order`` whose prompt leaves room for ``max_new_tokens``."""

@@ -50,6 +50,12 @@ async def call(method: Any, *args: Any) -> Any:
     return result
 
 
+def _direct(handle: DeploymentHandle) -> DeploymentHandle:
+    """The handle with calls that go to a replica's own gRPC server (with Ray's token) instead of through Ray's object
+    store: a third of a hop's time less."""
+    return handle.options(_by_reference=False)
+
+
 class RemoteSampler:
     """``AsyncSampler`` on a policy's deployment."""
 
@@ -80,8 +86,8 @@ class RemoteServices:
 
     def __init__(self, policies: Mapping[str, DeploymentHandle], reward: DeploymentHandle):
         self.policies = tuple(policies)
-        self.judge: AsyncJudge = RemoteJudge(reward)
-        self._policies, self._reward = policies, reward
+        self._policies, self._reward = {name: _direct(handle) for name, handle in policies.items()}, _direct(reward)
+        self.judge: AsyncJudge = RemoteJudge(self._reward)
 
     def sampler(self, policy: str) -> RemoteSampler:
         return RemoteSampler(self._policies[policy])

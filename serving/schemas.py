@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue
@@ -235,7 +234,8 @@ class ConsensusResponse(Schema):
     @classmethod
     def of(cls, consensus: Consensus) -> ConsensusResponse:
         """The response for a library result."""
-        return cls.model_validate(asdict(consensus) | {"welfare_used": welfare_out(consensus.welfare_used)})
+        fields = vars(consensus) | {"welfare_used": welfare_out(consensus.welfare_used)}
+        return cls.model_validate(fields, from_attributes=True)
 
 
 def welfare_out(used: WelfareUsed) -> WelfareOut:

@@ -1,95 +1,70 @@
 """Where the service keeps what must outlive a process: a database by URL, SQLite by default.
 
-Tables are SQLAlchemy's; what is done with them is in ``ledger`` (requests) and ``keys``. Times are seconds since 1970.
+The tables are in ``tables``; what is done with them in ``ledger`` (requests), ``keys``, ``sessions`` (deliberations)
+and ``trials`` (experiments).
 """
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    Engine,
-    Float,
-    ForeignKey,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
-    create_engine,
-    event,
-    make_url,
-)
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import NullPool
 
 from deliberation.types import InputError
+from serving.migrate import migrate
 
 BUSY_TIMEOUT_S = 10
 """How long a writer waits for another one in SQLite."""
 
 AUTOCOMMIT = "AUTOCOMMIT"
 
-metadata = MetaData()
-
-api_keys = Table(
-    "api_keys",
-    metadata,
-    Column("id", String(40), primary_key=True),
-    Column("name", String(200), nullable=False),
-    Column("digest", String(64), nullable=False, unique=True),  # SHA-256 of the secret, which is kept nowhere
-    Column("scopes", String(200), nullable=False),
-    Column("rate_per_minute", Integer, nullable=False),
-    Column("created", Float, nullable=False),
-    Column("revoked", Float),
-)
-
-requests = Table(
-    "consensus_requests",
-    metadata,
-    Column("id", String(40), primary_key=True),
-    Column("owner", String(40), nullable=False),
-    Column("idempotency_key", String(255)),
-    Column("fingerprint", String(64), nullable=False),
-    Column("body", Text, nullable=False),
-    Column("state", String(12), nullable=False),
-    Column("answer", Text),  # JSON: the response, or the problem
-    Column("runner", String(40), nullable=False),
-    Column("lease", Float, nullable=False),
-    Column("created", Float, nullable=False, index=True),
-    UniqueConstraint("owner", "idempotency_key"),
-)
-
-request_events = Table(
-    "consensus_events",
-    metadata,
-    Column("request", String(40), ForeignKey("consensus_requests.id", ondelete="CASCADE"), primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("type", String(20), nullable=False),
-    Column("data", Text, nullable=False),
-)
-
 
 def open_store(url: str) -> Engine:
-    """Connect, and make the tables that are missing.
+    """Connect, and bring the tables to this version of the service.
 
     Args:
         url: as SQLAlchemy takes it: ``sqlite:///runs/service.db``, ``postgresql+psycopg://user@host/name``.
 
     Raises:
-        InputError: field ``database``, if the URL is not one or nothing answers there.
+        InputError: field ``database``, if the URL is not one, nothing answers there, or a later version of the service
+            wrote it.
+    """
+    engine = connect(url)
+    migrate(engine)
+    return engine
+
+
+def connect(url: str) -> Engine:
+    """An engine for the URL; tables are left as they are.
+
+    Raises:
+        InputError: field ``database``, if the URL is not one.
     """
     try:
         parsed = make_url(url)
-        engine = _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else create_engine(parsed, pool_pre_ping=True)
+        return _sqlite(parsed) if parsed.get_backend_name() == "sqlite" else create_engine(parsed, pool_pre_ping=True)
     except (ArgumentError, ImportError) as error:
         raise InputError("database", url, f"{error}; write a URL like sqlite:///runs/service.db") from error
-    metadata.create_all(engine)
-    return engine
+
+
+def check_nodes(url: str, nodes: int) -> None:
+    """Refuse a file as the database of a cluster: every node would write one of its own.
+
+    Raises:
+        InputError: field ``database``, for SQLite on more than one node.
+    """
+    if nodes > 1 and make_url(url).get_backend_name() == "sqlite":
+        mend = f"is a file, and this cluster has {nodes} nodes with a disk each; give the URL of a PostgreSQL"
+        raise InputError("database", url, mend)
+
+
+def new_id(prefix: str) -> str:
+    """A random id that names a row in URLs, e.g. ``del_`` and 16 hexadecimal digits."""
+    return f"{prefix}_{secrets.token_hex(8)}"
 
 
 def reading(engine: Engine) -> Connection:
@@ -98,10 +73,14 @@ def reading(engine: Engine) -> Connection:
 
 
 def forget(engine: Engine) -> None:
-    """Leave nothing on disk of what was deleted: in SQLite the write-ahead log would keep it for a while."""
-    if engine.dialect.name == "sqlite":
-        with reading(engine) as connection:
-            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    """Leave nothing in the tables' files of what was deleted.
+
+    SQLite's write-ahead log would keep it for a while; PostgreSQL's tables would, until the next vacuum. PostgreSQL's
+    own log and back-ups of either are the operator's (docs/operations.md).
+    """
+    statement = "PRAGMA wal_checkpoint(TRUNCATE)" if engine.dialect.name == "sqlite" else "VACUUM"
+    with reading(engine) as connection:
+        connection.exec_driver_sql(statement)
 
 
 def _sqlite(url: Any) -> Engine:
@@ -113,7 +92,7 @@ def _sqlite(url: Any) -> Engine:
     engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_TIMEOUT_S})
 
     @event.listens_for(engine, "connect")
-    def connect(connection: Any, record: Any) -> None:
+    def connected(connection: Any, record: Any) -> None:
         connection.isolation_level = None  # we begin transactions ourselves, below
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
             connection.execute(f"PRAGMA {pragma}")

@@ -12,6 +12,7 @@ from deliberation.types import InputError
 from rl import sampling
 from rl.drawing import draw, nucleus, uniforms
 from rl.policy import Sample, sample
+from rl.prompt_tree import PromptTree
 
 import tiny
 
@@ -276,10 +277,40 @@ def test_a_prompt_is_read_once_for_all_its_samples(tiny_policy, tiny_tokenizer):
     assert sum(read[1:]) <= 16
 
 
+ALIKE = [f"{PROMPTS[2]} {end}" for end in ("Yes.", "No, never.", "")] + ["Tax"]
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])
+def test_prompts_that_begin_alike_are_read_as_one_and_sampled_as_if_alone(tiny_tokenizer, arch):
+    model = gpt2(tiny_tokenizer) if arch == "gpt2" else tiny.make_policy(tiny_tokenizer, arch)
+    model, read, counts, seeds = with_bias(model, t2=3.0), [], [2, 1, 3, 2], [1, 2, 3, 4]
+    hook = model.register_forward_hook(
+        lambda m, a, kwargs, out: read.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    options = {"max_new_tokens": 12, "stop_at_line_break": False}
+    together = sample(model, tiny_tokenizer, ALIKE, n=counts, seeds=seeds, **options)
+    hook.remove()
+    assert [ids_of(group) for group in together] == [
+        naive(model, tiny_tokenizer, *one, 12) for one in zip(ALIKE, counts, seeds, strict=True)
+    ]
+    lengths = [len(tiny_tokenizer(prompt).input_ids) for prompt in ALIKE]
+    assert read[0][0] == 2 and read[0][1] < sum(lengths[:3]) / 2
+
+
+def test_a_tree_holds_every_common_beginning_once():
+    tree = PromptTree.of([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3], [1, 2, 5]])
+    assert tree.ids == [1, 2, 3, 4, 5]
+    assert tree.paths == [[0, 1, 2, 3], [0, 1, 4], [0, 1, 2], [0, 1, 4]]
+    assert tree.positions().tolist() == [0, 1, 2, 3, 2]
+    assert [row.nonzero()[:, 0].tolist() for row in tree.seen()] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]]
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
         ({"n": 0}, "n"),
+        ({"n": [1, 2]}, "n"),
+        ({"n": [0]}, "n"),
         ({"seeds": [1, 2]}, "seeds"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from deliberation.types import MAX_MEMBERS, InputError
 from serving.best_of_n import (
     PARTS,
+    TURN,
     Draft,
     Judgement,
     NoStatement,
@@ -208,8 +209,25 @@ def test_one_order_a_request_drawn_from_the_seed():
     assert orders[3] == make_plan("Why?", ["a"] * 8, seed=3, **options).orders
 
 
-def test_every_sample_has_an_order_of_its_own_by_default():
-    assert len(make_plan("Why?", ["a"] * 8, n=16, welfare=1, seed=0).orders) == 16
+def test_four_samples_share_an_order_by_default_and_the_parts_they_go_without_come_last():
+    plan = make_plan("Why?", ["a"] * 8, n=16, welfare=1, seed=0)
+    read = {i: order.members for order, at in zip(plan.orders, plan.places, strict=True) for i in at}
+    for first in range(0, 16, TURN):
+        whole = read[first]
+        without = [set(whole) - set(read[first + i]) for i in (1, 3)]
+        assert read[first + 2] == whole and without[0].isdisjoint(without[1])
+        assert set(whole[6:]) == without[0] | without[1]  # so all four prompts begin with the same six
+        assert all(read[first + i] == tuple(m for m in whole if m in read[first + i]) for i in range(TURN))
+    assert len({read[first] for first in range(0, 16, TURN)}) == 4 and len(plan.orders) == 12
+
+
+def test_either_of_the_two_parts_that_come_last_is_the_very_last_half_of_the_time():
+    last = 0
+    for seed in range(200):
+        orders, places = draw_orders(5, 2, seed, reshuffle=True)
+        read = {i: order.members for order, at in zip(orders, places, strict=True) for i in at}
+        last += read[0][-1] not in read[1]
+    assert 70 < last < 130
 
 
 @given(members=st.integers(1, 6), n=st.integers(1, 64), seed=st.integers(0, MAX_SEED))

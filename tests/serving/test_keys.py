@@ -18,8 +18,8 @@ from serving.store import open_store
 
 
 @pytest.fixture
-def url(tmp_path):
-    return f"sqlite:///{tmp_path}/service.db"
+def url(store_url):
+    return store_url
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def refusal(door, secret, scope=CONSENSUS):
     return caught.value
 
 
-def test_the_secret_is_kept_nowhere(url, tmp_path):
-    key, secret = create_key(open_store(url), "anna")
+def test_the_secret_is_kept_nowhere(sqlite_url, tmp_path):
+    key, secret = create_key(open_store(sqlite_url), "anna")
     assert secret not in str(key)
-    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert secret.encode() not in written and key.id.encode() in written
 
 
@@ -129,12 +129,12 @@ def test_a_database_that_is_none_is_refused(url):
     assert caught.value.field == "database"
 
 
-def test_acknowledged_writes_survive_a_crash_of_the_machine(url, tmp_path):
-    engine = open_store(url)
+def test_acknowledged_writes_survive_a_crash_of_the_machine(sqlite_url, tmp_path):
+    engine = open_store(sqlite_url)
     with engine.connect() as connection:
         pragma = {
             name: connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")
         }
     assert pragma == {"journal_mode": "wal", "synchronous": 2}
     create_key(engine, "anna")
-    assert sqlite3.connect(tmp_path / "service.db").execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert sqlite3.connect(tmp_path / "store/service.db").execute("PRAGMA integrity_check").fetchone() == ("ok",)

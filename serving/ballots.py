@@ -1,0 +1,151 @@
+"""What members think of the candidates: ratings, comparisons, critiques.
+
+A rating is acknowledged once it is durably there. The newest one counts; a changed mind keeps the earlier ones beside
+it. Repeating a request, with or without an idempotency key, adds nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Row, insert, select, update
+
+from serving import trials
+from serving.experiments import member_order
+from serving.problems import ApiError
+from serving.sessions import RATING, Member
+from serving.store import reading
+from serving.tables import candidates, comparisons, critiques, deliberations, ratings
+
+
+@dataclass(frozen=True)
+class Rating:
+    """A kept rating: candidate, agreement and quality (1 to 7), and its version, from 1."""
+
+    candidate: str
+    agreement: int
+    quality: int
+    version: int
+
+
+class Ballots:
+    """Members' judgements in a database.
+
+    Args:
+        engine: of ``store.open_store``.
+        clock: seconds since 1970.
+    """
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.time):
+        self.engine, self.clock = engine, clock
+
+    def shown(self, member: Member) -> list[Row]:
+        """The round's candidates in the member's own order, once there are any; an experiment counts them as seen."""
+        with reading(self.engine) as connection:
+            row = connection.execute(select(deliberations).where(deliberations.c.id == member.deliberation)).one()
+            found = list(connection.execute(_round(row)))
+        if found and row.experiment is not None:
+            with self.engine.begin() as connection:
+                trials.first_shown(connection, row.id)
+        by_id = {candidate.id: candidate for candidate in found}
+        return [by_id[name] for name in member_order(row.salt, member.id, sorted(by_id))]
+
+    def mine(self, member: Member) -> list[Rating]:
+        """The member's current ratings."""
+        where = (ratings.c.member == member.id) & ratings.c.current
+        with reading(self.engine) as connection:
+            return [_rating(row) for row in connection.execute(select(ratings).where(where))]
+
+    def rate(self, member: Member, candidate: str, agreement: int, quality: int, key: str | None = None) -> Rating:
+        """Keep a rating, each of 1 to 7.
+
+        Raises:
+            ApiError: ``not-found``, if the member is not shown such a candidate; ``wrong-state``, if rating has ended;
+                ``idempotency-mismatch``, if the key came with another rating before.
+        """
+        with self.engine.begin() as connection:
+            if key is not None:
+                once = (ratings.c.member == member.id) & (ratings.c.idempotency_key == key)
+                before = connection.execute(select(ratings).where(once)).first()
+                if before is not None:
+                    if (before.candidate, before.agreement, before.quality) != (candidate, agreement, quality):
+                        raise ApiError("idempotency-mismatch", "the Idempotency-Key came with another rating before")
+                    return _rating(before)
+            _check_open(connection, member, candidate)
+            where = (ratings.c.member == member.id) & (ratings.c.candidate == candidate) & ratings.c.current
+            current = connection.execute(select(ratings).where(where)).first()
+            if current is not None and (current.agreement, current.quality) == (agreement, quality):
+                return _rating(current)
+            if current is not None:
+                connection.execute(update(ratings).where(ratings.c.number == current.number).values(current=False))
+            version = 1 if current is None else current.version + 1
+            values = {
+                "member": member.id, "candidate": candidate, "version": version, "current": True,
+                "agreement": agreement, "quality": quality, "idempotency_key": key, "created": self.clock(),
+            }  # fmt: skip
+            connection.execute(insert(ratings).values(values))
+            return Rating(candidate, agreement, quality, version)
+
+    def compare(self, member: Member, better: str, worse: str, tie: bool) -> None:
+        """Keep which of two candidates the member prefers; the newest of a pair counts.
+
+        Raises:
+            ApiError: as ``rate``.
+        """
+        with self.engine.begin() as connection:
+            for candidate in (better, worse):
+                _check_open(connection, member, candidate)
+            pair = comparisons.c.better.in_((better, worse)) & comparisons.c.worse.in_((better, worse))
+            mine = (comparisons.c.member == member.id) & comparisons.c.current & pair
+            before = connection.execute(select(comparisons).where(mine)).first()
+            if before is not None and (before.better, before.worse, before.tie) == (better, worse, tie):
+                return
+            connection.execute(update(comparisons).where(mine).values(current=False))
+            values = {"member": member.id, "better": better, "worse": worse, "tie": tie, "current": True}
+            connection.execute(insert(comparisons).values(values | {"created": self.clock()}))
+
+    def criticise(self, member: Member, text: str) -> str:
+        """Keep what the member has against the winner, in place of what they said before; returns the candidate's id.
+
+        Raises:
+            ApiError: ``wrong-state``, if nothing is being rated.
+        """
+        with self.engine.begin() as connection:
+            row = _open_round(connection, member)
+            won = connection.execute(_round(row).where(candidates.c.winner)).one()
+            same = (critiques.c.member == member.id) & (critiques.c.candidate == won.id)
+            values = {"text": text, "created": self.clock()}
+            if connection.execute(update(critiques).where(same).values(values)).rowcount == 0:
+                connection.execute(insert(critiques).values(values | {"member": member.id, "candidate": won.id}))
+            return str(won.id)
+
+
+def _round(row: Row) -> Any:
+    """The candidates that a deliberation's members are shown: those of the last finished round."""
+    number = row.round if row.state in (RATING, "closed") else row.round - 1
+    return (
+        select(candidates)
+        .where((candidates.c.deliberation == row.id) & (candidates.c.round == number))
+        .order_by(candidates.c.number)
+    )
+
+
+def _open_round(connection: Connection, member: Member) -> Row:
+    found = select(deliberations).where(deliberations.c.id == member.deliberation)
+    row = connection.execute(found.with_for_update(read=True)).one()
+    if row.state != RATING:
+        raise ApiError("wrong-state", f"the deliberation is {row.state}: there is nothing to judge now")
+    return row
+
+
+def _check_open(connection: Connection, member: Member, candidate: str) -> None:
+    row = _open_round(connection, member)
+    if connection.execute(_round(row).where(candidates.c.id == candidate)).first() is None:
+        raise ApiError("not-found", "no candidate of that id in this round of the member's deliberation")
+
+
+def _rating(row: Row) -> Rating:
+    return Rating(row.candidate, row.agreement, row.quality, row.version)

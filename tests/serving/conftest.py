@@ -1,0 +1,39 @@
+"""Databases for tests: a SQLite file, and a PostgreSQL that is started once, when the first test asks for it."""
+
+from __future__ import annotations
+
+import os
+
+import postgres
+import pytest
+
+
+@pytest.fixture(scope="session")
+def postgres_server():
+    """The session's PostgreSQL; without the package, continuous integration fails and other machines skip."""
+    try:
+        postgres.find("initdb")
+    except postgres.Missing as missing:
+        if os.environ.get("CI"):
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
+    with postgres.running(fsync="off") as server:  # nothing here outlives the session
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server):
+    """URL of an empty PostgreSQL database of the test's own."""
+    return postgres_server.database()
+
+
+@pytest.fixture
+def sqlite_url(tmp_path):
+    """URL of a SQLite file that is not there yet, alone in its folder."""
+    return f"sqlite:///{tmp_path}/store/service.db"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request):
+    """URL of an empty database of each kind."""
+    return request.getfixturevalue("postgres_url" if request.param == "postgresql" else "sqlite_url")

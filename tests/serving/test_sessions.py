@@ -1,0 +1,357 @@
+"""Deliberations that people take part in: joining, writing, generating, rating, erasing; blind and safe to repeat."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+import logging
+import secrets
+import time
+
+import pytest
+from fastapi.testclient import TestClient
+from stub import StubServices
+
+from serving.answering import silent
+from serving.api import make_app
+from serving.best_of_n import NoStatement
+from serving.config import ServeConfig
+from serving.generation import Generation
+from serving.ledger import LEASE_S, Ledger
+from serving.metrics import ProcessMetrics
+from serving.sessions import INVITE_PREFIX, MEMBER_PREFIX, Sessions, new_token
+from serving.store import connect, open_store
+
+PATH = "/v1/deliberations"
+OPINIONS = ("Tea for all, at once.", "No free tea while I pay for it.", "Only green tea, and in the morning.")
+
+
+@pytest.fixture
+def services():
+    return StubServices()
+
+
+@pytest.fixture
+def client(services, store_url):
+    config = ServeConfig(database=store_url, background_timeout_s=20, num_candidates=6)
+    with TestClient(make_app(services, config), raise_server_exceptions=False) as client:
+        yield client
+
+
+def bearer(token):
+    return {"Authorization": f"Bearer {token}"}
+
+
+class Room:
+    """A deliberation with its members, over HTTP."""
+
+    def __init__(self, client, consent=True, **fields):
+        self.client = client
+        made = client.post(PATH, json={"question": "Should tea be free?", **fields})
+        assert made.status_code == 201, made.text
+        self.id, self.invite = made.json()["id"], made.json()["invite"]
+        self.tokens, self.ids = [], []
+        for k, text in enumerate(OPINIONS):
+            joined = self.join(f"member {k}", consent=consent)
+            self.tokens.append(joined["token"])
+            self.ids.append(joined["member"])
+            assert self.write(k, text).status_code == 200
+
+    def join(self, alias, **fields):
+        body = {"invite": self.invite, "alias": alias, **fields}
+        joined = self.client.post(f"{PATH}/{self.id}/members", json=body)
+        assert joined.status_code == 201, joined.text
+        return joined.json()
+
+    def write(self, k, text, **headers):
+        url = f"{PATH}/{self.id}/opinion"
+        return self.client.put(url, json={"text": text}, headers=bearer(self.tokens[k]) | headers)
+
+    def do(self, verb):
+        return self.client.post(f"{PATH}/{self.id}/{verb}")
+
+    def generate(self, verb="generate"):
+        assert self.do(verb).status_code == 202
+        return self.wait()
+
+    def wait(self):
+        while (state := self.client.get(f"{PATH}/{self.id}").json())["state"] == "generating":
+            time.sleep(0.02)
+        return state
+
+    def me(self, k):
+        return self.client.get(f"{PATH}/{self.id}/me", headers=bearer(self.tokens[k])).json()
+
+    def rate(self, k, candidate, agreement, quality=5, key=None):
+        body = {"candidate": candidate, "agreement": agreement, "quality": quality}
+        headers = bearer(self.tokens[k]) | ({} if key is None else {"Idempotency-Key": key})
+        return self.client.post("/v1/ratings", json=body, headers=headers)
+
+    def report(self):
+        return self.client.get(f"{PATH}/{self.id}/report").json()
+
+
+@pytest.fixture
+def room(client):
+    return Room(client)
+
+
+def kind(response):
+    assert response.headers["content-type"] == "application/problem+json", response.text
+    return response.json()["type"].rsplit(":", 1)[1]
+
+
+def test_a_deliberation_from_question_to_report(room):
+    assert room.generate()["state"] == "rating"
+    seen = [room.me(k)["candidates"] for k in range(3)]
+    names = {c["id"] for c in seen[0]}
+    assert len(names) == 4 and all({c["id"] for c in one} == names for one in seen)
+    assert len({c["statement"] for c in seen[0]}) == 4 and sum(c["winner"] for c in seen[0]) == 1
+    best = next(c["id"] for c in seen[0] if not c["winner"])
+    for k, agreement in enumerate((7, 5, 6)):
+        assert room.rate(k, best, agreement, 4).json() == {
+            "candidate": best, "agreement": agreement, "quality": 4, "version": 1,
+        }  # fmt: skip
+    assert room.do("close").json()["state"] == "closed"
+    first = room.report()["candidates"][0]
+    assert (first["id"], first["agreement"], first["median_agreement"], first["lowest_agreement"]) == (best, 6, 6, 5)
+    assert (first["agree"], first["neutral"], first["disagree"], first["unanimous"]) == (3, 0, 0, True)
+    assert first["quality"] == 4 and 0 < first["prediction_error"] < 6
+    others = room.report()["candidates"][1:]
+    assert all(c["ratings"] == 0 and c["agreement"] is None and c["unanimous"] is None for c in others)
+    assert kind(room.rate(0, best, 1)) == "wrong-state"
+
+
+def test_members_see_candidates_in_orders_of_their_own_and_always_the_same(client):
+    room = Room(client, shown=6)
+    room.generate()
+    orders = [[c["id"] for c in room.me(k)["candidates"]] for k in range(3)]
+    assert len({tuple(order) for order in orders}) == 3  # by chance alone once in 240
+    assert orders == [[c["id"] for c in room.me(k)["candidates"]] for k in range(3)]
+
+
+def test_a_member_sees_neither_policy_nor_prediction(room):
+    room.generate()
+    assert set(room.me(0)["candidates"][0]) == {"id", "statement", "winner"}
+
+
+def test_opinions_are_changed_until_they_are_frozen(room):
+    assert room.write(0, "Changed.").status_code == 412  # which version does it replace?
+    stale = room.write(0, "Changed.", **{"If-Match": '"0"'})
+    assert kind(stale) == "precondition-failed"
+    changed = room.write(0, "Changed.", **{"If-Match": '"1"'})
+    assert changed.json() == {"version": 2} and changed.headers["etag"] == '"2"'
+    assert room.write(0, "Changed.", **{"If-Match": '"1"'}).json() == {"version": 2}  # the same once more
+    assert room.me(0)["opinion"] == "Changed."
+    room.generate()
+    assert kind(room.write(0, "Late.", **{"If-Match": '"2"'})) == "wrong-state"
+
+
+def test_requests_that_are_repeated_make_nothing_twice(client):
+    invite, token = new_token(INVITE_PREFIX), new_token(MEMBER_PREFIX)
+    made = [client.post(PATH, json={"question": "Tea?", "invite": invite}).json() for _ in range(2)]
+    assert made[0] == made[1]
+    assert kind(client.post(PATH, json={"question": "Coffee?", "invite": invite})) == "idempotency-mismatch"
+    body = {"invite": invite, "alias": "Anna", "token": token}
+    joined = [client.post(f"{PATH}/{made[0]['id']}/members", json=body).json() for _ in range(2)]
+    assert joined[0] == joined[1]
+    assert client.get(f"{PATH}/{made[0]['id']}").json()["members"] == 1
+
+
+def test_a_rating_repeated_is_one_and_a_changed_mind_is_a_new_version(room, store_url):
+    room.generate()
+    candidate = room.me(0)["candidates"][0]["id"]
+    key = secrets.token_hex(8)
+    assert [room.rate(0, candidate, 3, key=key).json()["version"] for _ in range(3)] == [1, 1, 1]
+    assert kind(room.rate(0, candidate, 4, key=key)) == "idempotency-mismatch"
+    assert room.rate(0, candidate, 3).json()["version"] == 1  # says the same without a key
+    assert room.rate(0, candidate, 6).json()["version"] == 2
+    assert room.rate(0, candidate, 3, key=key).json() == {
+        "candidate": candidate, "agreement": 3, "quality": 5, "version": 1,
+    }  # fmt: skip
+    assert [r["agreement"] for r in room.me(0)["ratings"]] == [6]
+    with connect(store_url).connect() as connection:
+        rows = connection.exec_driver_sql("SELECT version, current, agreement FROM ratings ORDER BY version").all()
+    assert [(v, bool(c), a) for v, c, a in rows] == [(1, False, 3), (2, True, 6)]
+
+
+@pytest.mark.parametrize(
+    "field, value", [("agreement", 0), ("agreement", 8), ("quality", 5.5), ("agreement", "5"), ("candidate", "can_1")]
+)
+def test_a_bad_rating_names_its_field(room, field, value):
+    room.generate()
+    body = {"candidate": room.me(0)["candidates"][0]["id"], "agreement": 4, "quality": 4, field: value}
+    answer = room.client.post("/v1/ratings", json=body, headers=bearer(room.tokens[0]))
+    assert answer.status_code == 422 and answer.json()["errors"][0]["field"] == field
+
+
+def test_nobody_reaches_anothers_deliberation(client, room):
+    other = Room(client)
+    room.generate()
+    other.generate()
+    candidate = room.me(0)["candidates"][0]["id"]
+    assert kind(other.rate(0, candidate, 7)) == "not-found"
+    url = f"{PATH}/{room.id}"
+    assert kind(client.get(f"{url}/me", headers=bearer(other.tokens[0]))) == "not-found"
+    for headers in ({}, bearer("mem_guess"), bearer(room.invite)):
+        assert kind(client.get(f"{url}/me", headers=headers)) == "unauthorized"
+    joined = client.post(f"{url}/members", json={"invite": other.invite, "alias": "Eve"})
+    assert kind(joined) == "unauthorized"
+
+
+def test_there_is_nothing_to_generate_from_nothing(client):
+    made = client.post(PATH, json={"question": "Tea?"}).json()
+    assert kind(client.post(f"{PATH}/{made['id']}/generate")) == "wrong-state"
+    assert kind(client.post(f"{PATH}/{made['id']}/close")) == "wrong-state"
+
+
+def test_generation_that_fails_goes_back_and_says_why(services, room):
+    services.failures = [NoStatement("the policy wrote nothing")]
+    state = room.generate()
+    assert state["state"] == "collecting" and state["problem"]["type"].endswith("no-statement")
+    assert room.write(0, "Changed.", **{"If-Match": '"1"'}).status_code == 200
+    state = room.generate()
+    assert state["state"] == "rating" and state["problem"] is None
+
+
+def test_generating_twice_writes_once(services, room):
+    assert room.do("generate").status_code == room.do("generate").status_code == 202
+    assert room.wait()["state"] == "rating" and services.calls == 1
+    assert kind(room.do("generate")) == "wrong-state"
+
+
+def generation_of(engine, deliberation):
+    """Request body of the writing that is going on, or was the last."""
+    name = Sessions(engine).get(deliberation).generation
+    return name, json.dumps({"deliberation": deliberation, "generation": name})
+
+
+def test_another_process_writes_on_where_one_died(services, room, store_url):
+    """The first process is one whose request row exists and whose lease has run out."""
+    engine = open_store(store_url)
+    Sessions(engine).freeze(room.id, "anybody", revise=False)
+    Ledger(engine, clock=lambda: time.time() - 2 * LEASE_S).open(room.id, *generation_of(engine, room.id))
+    assert room.wait()["state"] == "rating" and services.calls == 1
+
+
+def test_a_failed_generation_that_somebody_begins_again_does_no_harm(services, room, store_url):
+    """Whoever looked while it was going on may begin it again when it has failed: the next one is another."""
+    services.failures = [NoStatement("the policy wrote nothing")]
+    room.generate()
+    name, body = generation_of(open_store(store_url), room.id)
+    engine = open_store(store_url)
+    Ledger(engine, clock=lambda: time.time() - 2 * LEASE_S).open(room.id, name, body)
+    work = Generation(services, ServeConfig(), Sessions(engine), ProcessMetrics())
+    assert asyncio.run(work.run(body, silent)) == {"candidates": 0}
+    assert room.generate()["state"] == "rating" and services.calls == 2
+
+
+def test_a_critique_round_reads_opinions_winner_and_critiques(services, room):
+    prompts = []
+    sampler = services.sampler
+
+    def spy(policy):
+        found = sampler(policy)
+        sample = found.sample
+
+        async def seen(question, opinions, orders):
+            prompts.append((question, list(opinions)))
+            return await sample(question, opinions, orders)
+
+        found.sample = seen
+        return found
+
+    services.sampler = spy
+    room.generate()
+    winner = next(c for c in room.me(0)["candidates"] if c["winner"])
+    assert kind(room.do("revise")) == "wrong-state"  # nothing to revise by
+    for text in ("Too long.", "It forgets coffee."):
+        answer = room.client.post("/v1/critiques", json={"text": text}, headers=bearer(room.tokens[1]))
+        assert answer.json() == {"candidate": winner["id"]}
+    state = room.generate("revise")
+    assert (state["state"], state["round"]) == ("rating", 2)
+    question, opinions = prompts[1]
+    assert winner["statement"] in question and "It forgets coffee." in opinions[1] and OPINIONS[1] in opinions[1]
+    assert "Too long." not in opinions[1] and opinions[0] == OPINIONS[0]
+    assert {c["round"] for c in room.report()["candidates"]} == {1, 2}
+    assert kind(room.rate(0, winner["id"], 5)) == "not-found"  # the first round is over
+    assert kind(room.do("revise")) == "wrong-state"
+
+
+def test_comparisons_keep_the_newest_of_a_pair(room, store_url):
+    room.generate()
+    a, b, *_ = (c["id"] for c in room.me(0)["candidates"])
+    for better, worse in ((a, b), (a, b), (b, a)):
+        body = {"better": better, "worse": worse}
+        assert room.client.post("/v1/comparisons", json=body, headers=bearer(room.tokens[0])).status_code == 200
+    same = room.client.post("/v1/comparisons", json={"better": a, "worse": a}, headers=bearer(room.tokens[0]))
+    assert kind(same) == "bad-input"
+    with connect(store_url).connect() as connection:
+        rows = connection.exec_driver_sql("SELECT better, current FROM comparisons ORDER BY number").all()
+    assert [(name, bool(current)) for name, current in rows] == [(a, False), (b, True)]
+
+
+def texts_of(engine):
+    """Everything in every table, as one text."""
+    from serving.tables import metadata
+
+    with engine.connect() as connection:
+        return "\n".join(str(row) for table in metadata.sorted_tables for row in connection.execute(table.select()))
+
+
+def test_erasing_a_member_removes_their_text_from_tables_exports_and_logs(room, store_url, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    room.write(1, "My secret garden needs tea.", **{"If-Match": '"1"'})
+    room.generate()
+    for c in room.me(1)["candidates"]:
+        room.rate(1, c["id"], 2)
+        room.rate(0, c["id"], 6)
+    room.client.post("/v1/critiques", json={"text": "My secret objection."}, headers=bearer(room.tokens[1]))
+    room.generate("revise")
+    engine = connect(store_url)
+    secrets_of = ("My secret garden", "My secret objection", OPINIONS[1], "member 1", room.ids[1])
+    assert all(text in texts_of(engine) for text in secrets_of)
+    assert room.client.get("/v1/ratings/export").text.count("My secret garden") == 4
+    gone = room.client.delete(f"{PATH}/{room.id}/me", headers=bearer(room.tokens[1]))
+    assert gone.status_code == 204
+    left = texts_of(engine) + room.client.get("/v1/ratings/export").text + json.dumps(room.report())
+    left += room.client.get(f"{PATH}/{room.id}/report.csv").text + caplog.text
+    assert not any(text in left for text in secrets_of[:4]) and f'"{room.ids[1]}": ' not in left
+    assert "member 0" in texts_of(engine)
+    if store_url.startswith("sqlite"):
+        files = b"".join(path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file())
+        assert not any(text.encode() in files for text in secrets_of[:4])
+    assert kind(room.client.get(f"{PATH}/{room.id}/me", headers=bearer(room.tokens[1]))) == "unauthorized"
+
+
+def test_a_deliberation_is_erased_whole(room, store_url):
+    room.generate()
+    room.rate(0, room.me(0)["candidates"][0]["id"], 5)
+    assert room.client.delete(f"{PATH}/{room.id}").status_code == 204
+    left = texts_of(connect(store_url))
+    assert not any(text in left for text in OPINIONS)
+
+
+def test_the_report_as_csv_has_a_line_a_member_and_candidate(room):
+    room.generate()
+    candidate = room.me(2)["candidates"][0]["id"]
+    room.rate(2, candidate, 3, 6)
+    answer = room.client.get(f"{PATH}/{room.id}/report.csv")
+    assert answer.headers["content-type"].startswith("text/csv")
+    lines = list(csv.DictReader(io.StringIO(answer.text)))
+    assert len(lines) == 4 * 3
+    rated = [line for line in lines if line["agreement"]]
+    assert [(r["candidate"], r["member"], r["agreement"], r["quality"]) for r in rated] == [(candidate, "2", "3", "6")]
+    assert not any(text in answer.text for text in (*OPINIONS, "member 0"))
+
+
+def test_ratings_without_consent_are_not_exported(client):
+    for consent in (False, True):
+        room = Room(client, consent=consent)
+        room.generate()
+        room.rate(0, room.me(0)["candidates"][0]["id"], 5, 6)
+    rows = [json.loads(line) for line in client.get("/v1/ratings/export").text.splitlines()]
+    assert [(row["deliberation_id"], row["opinion"], row["agreement"]) for row in rows] == [(room.id, OPINIONS[0], 5)]
+    assert client.get("/v1/ratings/export", params={"after": rows[0]["number"]}).text == ""
