@@ -80,7 +80,7 @@ test-fast: $(STAMP)
 	@$(BIN)/python -m pytest -q -m 'not slow'
 
 fuzz: $(STAMP)
-	@FUZZ_CASES=1200 $(BIN)/python -m pytest -q tests/serving/test_fuzz.py
+	@FUZZ_CASES=600 $(BIN)/python -m pytest -q tests/serving/test_fuzz.py
 
 openapi: $(STAMP)
 	@$(BIN)/python -c 'import json; from serving.api import document; \

@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             begun = time.monotonic()
             names = list(until_decided(client, url, name, groups, args.seed))
             seconds = time.monotonic() - begun
-            found = ExperimentReport.from_json(client.send("POST", f"{PATH}/{name}/stop").content)
+            client.send("POST", f"{PATH}/{name}/stop")
+            found = report_of(client, name)
             gold = gold_outcomes(Organiser(client), names, groups)
             args.plot.write_bytes(client.send("GET", f"{PATH}/{name}/plot.png").content)
     contrast = found.contrasts[0]

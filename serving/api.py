@@ -172,9 +172,11 @@ class Desk:
 
 def _add_consensus(app: FastAPI, desk: Desk, admit: Callable[[str], Any]) -> None:
     owner = Depends(admit(CONSENSUS))
+    streamed = "The answer; with `stream`, events: queued, candidate, scored; done or error"
+    now: Responses = {200: {"content": {"text/event-stream": {}}, "description": streamed}}
     later: Responses = {202: {"model": RequestState, "description": "It is being answered; see Location"}}
 
-    @app.post(PATH, responses=later | _problems(400, 401, 403, 409, 413, 422, 429, 500, 504))
+    @app.post(PATH, responses=now | later | _problems(400, 401, 403, 409, 413, 422, 429, 500, 504))
     async def consensus(
         body: ConsensusRequest,
         caller: Caller = owner,
@@ -210,8 +212,8 @@ def _add_consensus(app: FastAPI, desk: Desk, admit: Callable[[str], Any]) -> Non
         """End a request, if it is running, and erase what was recorded of it."""
         await asyncio.to_thread(desk.ledger.erase, request_id, caller.id)
 
-    streamed = "queued, candidate, scored; done or error"
-    events: Responses = {200: {"content": {"text/event-stream": {}}, "description": streamed}}
+    followed = "queued, candidate, scored; done or error"
+    events: Responses = {200: {"content": {"text/event-stream": {}}, "description": followed}}
 
     @app.get(PATH + "/{request_id}/events", responses=events | _problems(401, 403, 404, 422, 429, 500))
     async def follow(

@@ -38,7 +38,11 @@ def backup(engine: Engine, file: str | Path) -> dict[str, int]:
     Raises:
         InputError: ``database`` without our tables, or a ``file`` that cannot be written.
     """
-    with snapshot(engine) as connection, replacing("file", file) as out, gzip.GzipFile(fileobj=out, mode="wb") as packed:
+    with (
+        snapshot(engine) as connection,
+        replacing("file", file) as out,
+        gzip.GzipFile(fileobj=out, mode="wb") as packed,
+    ):
         digest, rows = hashlib.sha256(), {}
 
         def write(value: Any) -> None:

@@ -22,7 +22,7 @@ from serving.ask import KEY_VARIABLE
 from serving.config import DEFAULT_POLICY, ServeConfig
 from serving.export import export_rows
 from serving.lineage import Made, ancestors, made_id, record, recorded
-from serving.steps import Cluster, Step, alone, run_as_job, run_here
+from serving.steps import Cluster, Step, alone, begin, run_as_job, run_here
 from serving.store import open_store
 
 EXPORT, PREFERENCE, PPO = "export", "preference", "ppo"
@@ -187,6 +187,7 @@ def _trained(config: CycleConfig, engine: Engine, step: Step, made_from: tuple[s
         if made.print != _print(step.stage, place):
             raise InputError("output_dir", place, f"its weights are not those of {made.id} any more; give a new folder")
         return made
+    begin(step, Path(place))
     if config.ray_address is None:
         run_here(step, lock)
     else:

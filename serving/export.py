@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Engine, bindparam, func, select, text
@@ -39,10 +40,11 @@ def export_rows(engine: Engine, after: int = 0, page: int = PAGE) -> Iterator[di
         with reading(engine) as connection:
             edge = connection.execute(_EDGE, {"after": after, "skipped": page - 1}).scalar()
             edge = newest if edge is None else min(edge, newest)
-            rows = connection.execute(_ROWS, {"after": after, "edge": edge}).mappings().all()
+            rows = connection.execute(_ROWS, {"after": after, "edge": edge}).all()
         for row in rows:
-            weights = json.loads(row["versions"])["policy_weights"]
-            yield {name: weights if name == "policy_weights" else row[name] for name in COLUMNS}
+            found = dict(zip(COLUMNS, row, strict=True))
+            found["policy_weights"] = _weights(found["policy_weights"])
+            yield found
         after = edge
 
 
@@ -50,6 +52,11 @@ COLUMNS = (
     "number", "deliberation_id", "member", "question", "opinion", "statement", "agreement", "quality", "arm",
     "propensity", "policy_weights", "created",
 )  # fmt: skip
+
+
+@lru_cache(maxsize=1000)
+def _weights(versions: str) -> str:
+    return str(json.loads(versions)["policy_weights"])
 
 
 def _newest(engine: Engine) -> int:
@@ -100,7 +107,7 @@ _ROWS = (
         ratings.c.quality,
         _of_the_arm(exposures.c.arm).label("arm"),
         func.coalesce(_of_the_arm(exposures.c.propensity), 1.0).label("propensity"),
-        candidates.c.versions,
+        candidates.c.versions.label("policy_weights"),
         ratings.c.created,
     )
     .join(members, members.c.id == ratings.c.member)

@@ -58,6 +58,8 @@ def offer(made: Made, before: str, before_name: str, samples: int, out: Path, ur
     Raises:
         InputError: field ``url``, if the service does not have the policy before, or other weights by the new name.
     """
+    if made.print == before:
+        return "PPO kept the weights of the policy before: there is nothing to compare"
     name = name_of(made)
     if url is None:
         return _next(name, made, _write(out, experiment_of(made, name, before_name, samples)))

@@ -16,6 +16,7 @@ from typing import Any
 from deliberation.types import InputError
 
 LOCK = "cycle.lock"
+MARK = "cycle.step"
 NOT_SHIPPED = [".git", ".venv", "runs", "tests", "**/__pycache__"]
 """What of the working directory Ray does not copy."""
 LOG_CHARS = 4000
@@ -63,6 +64,21 @@ def alone(folder: Path) -> Iterator[int]:
             mend = "is being worked on by another process; wait for it, or give another folder"
             raise InputError("output_dir", str(folder), mend) from error
         yield file.fileno()
+
+
+def begin(step: Step, folder: Path) -> None:
+    """Note in the folder which step writes there: it may go on from a checkpoint of its own, and from no other.
+
+    Raises:
+        InputError: field ``output_dir``, if another step, or something else, has written there.
+    """
+    mark = folder / MARK
+    before = mark.read_text() if mark.is_file() else None
+    if before != step.id and folder.is_dir() and any(file != mark for file in folder.iterdir()):
+        mend = "holds what other keys, or something else, began; remove it, or give another output_dir"
+        raise InputError("output_dir", str(folder), mend)
+    folder.mkdir(exist_ok=True)
+    mark.write_text(step.id)
 
 
 def run_here(step: Step, lock: int) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 
-import postgres
 import pytest
+
+from benchmarks import _postgres
 
 
 @pytest.fixture(scope="session")
 def postgres_server():
     """The session's PostgreSQL; without the package, continuous integration fails and other machines skip."""
     try:
-        postgres.find("initdb")
-    except postgres.Missing as missing:
+        _postgres.find("initdb")
+    except _postgres.Missing as missing:
         if os.environ.get("CI"):
             pytest.fail(str(missing))
         pytest.skip(str(missing))
-    with postgres.running(fsync="off") as server:  # nothing here outlives the session
+    with _postgres.running(fsync="off") as server:  # nothing here outlives the session
         yield server
 
 

@@ -25,7 +25,7 @@ from serving.experiment_schemas import NewExperiment
 from serving.export import export_rows
 from serving.lineage import Made, ancestors, made_id, record, recorded
 from serving.sessions import INVITE_PREFIX, MEMBER_PREFIX, Member, Sessions, new_token
-from serving.steps import Cluster, Step, alone, job_of, run_here
+from serving.steps import Cluster, Step, alone, begin, job_of, run_here
 from serving.store import open_store, reading
 from serving.tables import deliberations, experiments, lineage, members
 
@@ -169,6 +169,19 @@ def test_a_folder_is_worked_on_by_one_process_and_its_children(tmp_path):
         pass
 
 
+def test_a_step_goes_on_from_its_own_beginnings_alone(tmp_path):
+    folder, step, other = tmp_path / "ppo", Step("ppo", (), "lin_1"), Step("ppo", (), "lin_2")
+    begin(other, folder)
+    begin(step, folder)  # the other one has left nothing
+    (folder / "checkpoint-1").mkdir()
+    begin(step, folder)
+    with pytest.raises(InputError, match="other keys"):
+        begin(other, folder)
+    (folder / "cycle.step").unlink()
+    with pytest.raises(InputError, match="something else"):
+        begin(step, folder)
+
+
 def test_a_step_that_fails_ends_the_run_with_its_exit_code(tmp_path, capfd):
     with alone(tmp_path) as lock, pytest.raises(SystemExit) as end:
         run_here(Step("preference", ("--config", "nowhere.yaml"), "lin_1"), lock)
@@ -259,6 +272,12 @@ def test_the_experiment_compares_the_new_policy_with_the_one_before(tmp_path):
     body = NewExperiment(**yaml.safe_load((tmp_path / "experiment.yaml").read_text()))
     assert [(arm.policy, arm.n) for arm in body.arms] == [("ppo-01234567", 1), ("default", 1)]
     assert body.spec({}).mode == "paired"
+
+
+def test_a_policy_that_learned_nothing_is_no_arm(tmp_path):
+    made = Made("lin_1", "ppo", (), "sha256:0123456789abcdef", "x")
+    assert "nothing to compare" in new_arm.offer(made, made.print, "default", 1, tmp_path, None, None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_service_that_does_not_answer_is_named(tmp_path):

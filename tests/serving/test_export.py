@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 
 import pytest
-import tiny
 from rows import ADDED, RELEASED, fill
 from sqlalchemy import delete, insert, update
 
@@ -20,6 +19,8 @@ from reward.train import fit
 from serving.export import COLUMNS, PAGE, export_rows
 from serving.store import open_store
 from serving.tables import candidates, deliberations, experiments, exposures, members, opinions, ratings
+
+import tiny
 
 
 @pytest.fixture

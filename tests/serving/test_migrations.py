@@ -125,7 +125,7 @@ def test_every_revision_has_a_step():
 
 def test_many_processes_open_an_empty_database_at_once(store_url):
     code = f"from serving.store import open_store; print('ready', flush=True); input(); open_store({store_url!r})"
-    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     many = [subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) for _ in range(6)]
     assert [process.stdout.readline() for process in many] == ["ready\n"] * 6
     for process in many:

@@ -1,4 +1,4 @@
-"""A PostgreSQL of the tests' own: in a temporary folder, on a loopback port, gone at the end."""
+"""A PostgreSQL of our own, for tests and benchmarks: in a temporary folder, on a loopback port, gone at the end."""
 
 from __future__ import annotations
 
