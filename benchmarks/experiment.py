@@ -95,13 +95,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "decision": contrast.decision,
         "decided_after": contrast.decided_after,
         "deliberations": len(names),
-        "measures": {name: [m.mean, m.low, m.high] for name, m in measured.items()},
+        "measures": {name: [_short(x) for x in (m.mean, m.low, m.high)] for name, m in measured.items()},
         "same_text": contrast.same_text,
         "gold": gold_figures(gold),
         "seconds": round(seconds, 1),
-        "seconds_p50": {arm.name: arm.seconds_p50 for arm in found.arms},
+        "seconds_p50": {arm.name: _short(arm.seconds_p50) for arm in found.arms},
         "agree": agrees(contrast.decision, gold),
     }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
 
 
 def agrees(decision: str, gold: np.ndarray) -> bool | None:
