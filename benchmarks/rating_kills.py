@@ -1,4 +1,4 @@
-"""The API is SIGKILLed at random moments while ratings stream in through our client: is every acknowledged one kept once?
+"""The API is SIGKILLed at random moments while ratings stream in through our client: is each acknowledged one kept?
 
     python -m benchmarks.rating_kills --kills 200 --json
     python -m benchmarks.rating_kills --database postgresql+psycopg://user@127.0.0.1:5432/name

@@ -32,7 +32,7 @@ def outline(engine: Engine, rows: list[Row]) -> list[DeliberationOut]:
     )
     with reading(engine) as connection:
         count, written_by = (
-            {name: number for name, number in connection.execute(found.where(members.c.deliberation.in_(names)))}
+            {row[0]: row[1] for row in connection.execute(found.where(members.c.deliberation.in_(names)))}
             for found in (joined, wrote)
         )
     return [

@@ -243,7 +243,7 @@ def _copy(connection: Connection, back: bool) -> None:
     tables = found.sorted_tables
     for table in tables:
         for index in table.indexes:
-            op.drop_index(index.name)
+            op.drop_index(str(index.name))
         op.rename_table(table.name, f"{table.name}_old")
     found.create_all(connection, checkfirst=False)
     for table in tables:
