@@ -47,11 +47,12 @@ SPARE = 40 * THREADS
 SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "4GB"}
 """Of the PostgreSQL; everything else, durability too, as it comes."""
 _PLAIN_EXPORT = """
-SELECT r.number, d.id, m.number, d.question, o.text, c.statement, r.agreement, r.quality, c.versions, r.created
+SELECT r.number, d.id, m.number, d.question,
+    (SELECT text FROM opinions o WHERE o.member = m.id ORDER BY version DESC LIMIT 1),
+    c.statement, r.agreement, r.quality, c.versions, r.created
 FROM ratings r JOIN members m ON m.id = r.member JOIN candidates c ON c.id = r.candidate
 JOIN deliberations d ON d.id = m.deliberation
-JOIN opinions o ON o.member = m.id AND o.version = (SELECT max(version) FROM opinions WHERE member = m.id)
-WHERE r.number > {0} AND r.current AND m.consent ORDER BY r.number LIMIT {1}"""
+WHERE r.number > {0} AND r.number <= {0} + {1} AND r.current AND m.consent ORDER BY r.number"""
 
 
 def rated_by(rate: Callable[[int], Callable[[int, int, int], None]], first: int, seconds: float) -> dict[str, float]:

@@ -182,8 +182,8 @@ def test_help_of_every_stage(name, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: consensus {name} ")
-    word = cli.STAGES[name].word
-    assert "--output_dir" in text if word is None and name != "serve" else f"--{word or 'port'}" in text
+    key = {"serve": "port", "export": "output"}.get(name, cli.STAGES[name].word or "output_dir")
+    assert f"--{key} " in text
 
 
 @pytest.mark.slow

@@ -366,8 +366,8 @@ def test_openapi_documents_every_field_and_every_error(client):
     responses = schema["paths"]["/v1/consensus"]["post"]["responses"]
     assert {"200", "202", "409", "422", "429", "500", "504"} <= set(responses)
     for status, response in responses.items():
-        media = "application/json" if status < "300" else "application/problem+json"
-        assert list(response["content"]) == [media]
+        media = ["application/json"] if status < "300" else ["application/problem+json"]
+        assert list(response["content"]) == media + ["text/event-stream"] * (status == "200")  # `stream`
     assert responses["422"]["content"]["application/problem+json"]["schema"]["$ref"].endswith("/Problem")
     assert client.get("/docs").status_code == 200
 
