@@ -79,6 +79,15 @@ def wait_until_up(url: str) -> None:
     raise TimeoutError(f"{url} does not answer")
 
 
+def wait_for_more(told: dict[str, list[tuple[str, int, int, int]]]) -> None:
+    """Until another rating is acknowledged: on a busy machine a server could be killed before its first one."""
+    before, deadline = sum(map(len, list(told.values()))), time.monotonic() + 30
+    while sum(map(len, list(told.values()))) == before:
+        if time.monotonic() > deadline:
+            raise TimeoutError("no rating was acknowledged within 30 s")
+        time.sleep(0.01)
+
+
 def gather(url: str) -> list[Participant]:
     """Members of groups that are rating."""
     people = []
@@ -159,6 +168,7 @@ def run(database: str, kills: int, seed: int) -> dict[str, Any]:
             thread.start()
         begun = time.monotonic()
         for k in range(kills):
+            wait_for_more(told)
             time.sleep(rng.uniform(0.0, 0.4))
             server.kill()
             server.start()

@@ -74,14 +74,12 @@ class Ballots:
                     if (before.candidate, before.agreement, before.quality) != (candidate, agreement, quality):
                         raise ApiError("idempotency-mismatch", "the Idempotency-Key came with another rating before")
                     return _rating(before)
-            _check_open(connection, member, candidate)
-            where = (ratings.c.member == member.id) & (ratings.c.candidate == candidate) & ratings.c.current
-            current = connection.execute(select(ratings).where(where)).first()
-            if current is not None and (current.agreement, current.quality) == (agreement, quality):
-                return _rating(current)
-            if current is not None:
+            current = _current(connection, member, candidate)
+            if (current.agreement, current.quality) == (agreement, quality):
+                return Rating(candidate, agreement, quality, current.version)
+            if current.number is not None:
                 connection.execute(update(ratings).where(ratings.c.number == current.number).values(current=False))
-            version = 1 if current is None else current.version + 1
+            version = 1 if current.number is None else current.version + 1
             values = {
                 "member": member.id, "candidate": candidate, "version": version, "current": True,
                 "agreement": agreement, "quality": quality, "idempotency_key": key, "created": self.clock(),
@@ -145,6 +143,28 @@ def _check_open(connection: Connection, member: Member, candidate: str) -> None:
     row = _open_round(connection, member)
     if connection.execute(_round(row).where(candidates.c.id == candidate)).first() is None:
         raise ApiError("not-found", "no candidate of that id in this round of the member's deliberation")
+
+
+def _current(connection: Connection, member: Member, candidate: str) -> Row:
+    """The member's current rating of a candidate that may be rated; columns are None before there is one.
+
+    One statement: rating is what the service does most. The lock keeps the deliberation from being closed meanwhile.
+    """
+    mine = (ratings.c.candidate == candidates.c.id) & (ratings.c.member == member.id) & ratings.c.current
+    found = (
+        select(deliberations.c.state, deliberations.c.round, candidates.c.round.label("of_round"))
+        .add_columns(ratings.c.number, ratings.c.version, ratings.c.agreement, ratings.c.quality)
+        .join(candidates, candidates.c.deliberation == deliberations.c.id)
+        .outerjoin(ratings, mine)
+        .where((candidates.c.id == candidate) & (deliberations.c.id == member.deliberation))
+        .with_for_update(read=True, of=deliberations)
+    )
+    row = connection.execute(found).first()
+    if row is not None and row.state != RATING:
+        raise ApiError("wrong-state", f"the deliberation is {row.state}: there is nothing to judge now")
+    if row is None or row.of_round != row.round:
+        raise ApiError("not-found", "no candidate of that id in this round of the member's deliberation")
+    return row
 
 
 def _rating(row: Row) -> Rating:
