@@ -18,7 +18,7 @@ from serving.experiments import member_order
 from serving.problems import ApiError
 from serving.sessions import RATING, Member
 from serving.store import reading
-from serving.tables import candidates, comparisons, critiques, deliberations, ratings
+from serving.tables import candidates, comparisons, critiques, deliberations, members, ratings
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Ballots:
                 ``idempotency-mismatch``, if the key came with another rating before.
         """
         with self.engine.begin() as connection:
+            _in_turn(connection, member)
             if key is not None:
                 once = (ratings.c.member == member.id) & (ratings.c.idempotency_key == key)
                 before = connection.execute(select(ratings).where(once)).first()
@@ -94,6 +95,7 @@ class Ballots:
             ApiError: as ``rate``.
         """
         with self.engine.begin() as connection:
+            _in_turn(connection, member)
             for candidate in (better, worse):
                 _check_open(connection, member, candidate)
             pair = comparisons.c.better.in_((better, worse)) & comparisons.c.worse.in_((better, worse))
@@ -112,6 +114,7 @@ class Ballots:
             ApiError: ``wrong-state``, if nothing is being rated.
         """
         with self.engine.begin() as connection:
+            _in_turn(connection, member)
             row = _open_round(connection, member)
             won = connection.execute(_round(row).where(candidates.c.winner)).one()
             same = (critiques.c.member == member.id) & (critiques.c.candidate == won.id)
@@ -143,6 +146,12 @@ def _check_open(connection: Connection, member: Member, candidate: str) -> None:
     row = _open_round(connection, member)
     if connection.execute(_round(row).where(candidates.c.id == candidate)).first() is None:
         raise ApiError("not-found", "no candidate of that id in this round of the member's deliberation")
+
+
+def _in_turn(connection: Connection, member: Member) -> None:
+    """One ballot of a member at a time: PostgreSQL would let two find the same newest version."""
+    if connection.dialect.name != "sqlite":  # there writers take turns anyway
+        connection.execute(select(members.c.id).where(members.c.id == member.id).with_for_update())
 
 
 def _current(connection: Connection, member: Member, candidate: str) -> Row:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from sqlalchemy import delete, insert, update
 
@@ -57,6 +59,16 @@ def test_one_request_kept_twice_is_found(kept):
         twice = {"member": member.id, "candidate": "can_1", "version": 4, "current": True, "agreement": 7, "quality": 4}
         connection.execute(insert(ratings).values(twice | {"created": 0.0}))
     assert judge(engine, said)["doubled"] == 1
+
+
+def test_simultaneous_ratings_of_one_member_are_versions_in_turn(kept):
+    engine, member, said = kept
+    ballots, values = Ballots(engine), [(k % 7 + 1, k % 5 + 1) for k in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        told = list(pool.map(lambda pair: ballots.rate(member, "can_1", *pair), values))
+    said[member.id] += [(r.candidate, r.agreement, r.quality, r.version) for r in told]
+    found = judge(engine, said)
+    assert [found[name] for name in ("lost", "torn", "doubled")] == [0, 0, 0]
 
 
 @pytest.mark.slow
