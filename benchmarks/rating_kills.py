@@ -1,11 +1,10 @@
 """The API is SIGKILLed at random moments while ratings stream in through our client: is each acknowledged one kept?
 
     python -m benchmarks.rating_kills --kills 200 --json
-    python -m benchmarks.rating_kills --database postgresql+psycopg://user@127.0.0.1:5432/name
 
 Twelve members in three deliberations rate without a pause, one thread each; what was acknowledged is written down by
 the clients and compared with the database at the end: lost (not there), doubled (two rows of one version, two current
-rows, versions with gaps), torn (another value than acknowledged), and the database's own integrity check.
+rows, versions with gaps), torn (another value than acknowledged), and SQLite's own integrity check.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from typing import Any
 import httpx
 from sqlalchemy import Engine, select
 
+from benchmarks._postgres import running
 from serving.client import Client
 from serving.session_client import Organiser, Participant
 from serving.store import connect
@@ -121,7 +121,7 @@ def judge(engine: Engine, said: dict[str, list[tuple[str, int, int, int]]]) -> d
     there: dict[tuple[str, str], list[Any]] = defaultdict(list)
     with engine.connect() as connection:
         rows = list(connection.execute(select(ratings).order_by(ratings.c.number)))
-        ok = True
+        ok = None  # PostgreSQL has no such command
         if engine.dialect.name == "sqlite":
             ok = connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
     for row in rows:
@@ -189,13 +189,12 @@ def run(database: str, kills: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--database", nargs="+", help="URLs of empty databases; default: an SQLite file")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        urls = args.database or [f"sqlite:///{folder}/service.db"]
+    with tempfile.TemporaryDirectory() as folder, running() as postgresql:
+        urls = (f"sqlite:///{folder}/service.db", postgresql.database())
         found = [run(url, args.kills, args.seed) for url in urls]
     if not args.json:
         print(json.dumps(found, indent=1))

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, Row, insert, select, update
 from serving import trials
 from serving.experiments import member_order
 from serving.problems import ApiError
-from serving.sessions import RATING, Member
+from serving.sessions import CLOSED, RATING, Member
 from serving.store import reading
 from serving.tables import candidates, comparisons, critiques, deliberations, members, ratings
 
@@ -97,7 +97,7 @@ class Ballots:
         with self.engine.begin() as connection:
             _in_turn(connection, member)
             for candidate in (better, worse):
-                _check_open(connection, member, candidate)
+                _current(connection, member, candidate)
             pair = comparisons.c.better.in_((better, worse)) & comparisons.c.worse.in_((better, worse))
             mine = (comparisons.c.member == member.id) & comparisons.c.current & pair
             before = connection.execute(select(comparisons).where(mine)).first()
@@ -115,7 +115,9 @@ class Ballots:
         """
         with self.engine.begin() as connection:
             _in_turn(connection, member)
-            row = _open_round(connection, member)
+            found = select(deliberations).where(deliberations.c.id == member.deliberation)
+            row = connection.execute(found.with_for_update(read=True)).one()
+            _check_rating(row)
             won = connection.execute(_round(row).where(candidates.c.winner)).one()
             same = (critiques.c.member == member.id) & (critiques.c.candidate == won.id)
             values = {"text": text, "created": self.clock()}
@@ -126,26 +128,12 @@ class Ballots:
 
 def _round(row: Row) -> Any:
     """The candidates that a deliberation's members are shown: those of the last finished round."""
-    number = row.round if row.state in (RATING, "closed") else row.round - 1
+    number = row.round if row.state in (RATING, CLOSED) else row.round - 1
     return (
         select(candidates)
         .where((candidates.c.deliberation == row.id) & (candidates.c.round == number))
         .order_by(candidates.c.number)
     )
-
-
-def _open_round(connection: Connection, member: Member) -> Row:
-    found = select(deliberations).where(deliberations.c.id == member.deliberation)
-    row = connection.execute(found.with_for_update(read=True)).one()
-    if row.state != RATING:
-        raise ApiError("wrong-state", f"the deliberation is {row.state}: there is nothing to judge now")
-    return row
-
-
-def _check_open(connection: Connection, member: Member, candidate: str) -> None:
-    row = _open_round(connection, member)
-    if connection.execute(_round(row).where(candidates.c.id == candidate)).first() is None:
-        raise ApiError("not-found", "no candidate of that id in this round of the member's deliberation")
 
 
 def _in_turn(connection: Connection, member: Member) -> None:
@@ -169,11 +157,16 @@ def _current(connection: Connection, member: Member, candidate: str) -> Row:
         .with_for_update(read=True, of=deliberations)
     )
     row = connection.execute(found).first()
-    if row is not None and row.state != RATING:
-        raise ApiError("wrong-state", f"the deliberation is {row.state}: there is nothing to judge now")
+    if row is not None:
+        _check_rating(row)
     if row is None or row.of_round != row.round:
         raise ApiError("not-found", "no candidate of that id in this round of the member's deliberation")
     return row
+
+
+def _check_rating(row: Row) -> None:
+    if row.state != RATING:
+        raise ApiError("wrong-state", f"the deliberation is {row.state}: there is nothing to judge now")
 
 
 def _rating(row: Row) -> Rating:

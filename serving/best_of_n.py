@@ -24,7 +24,6 @@ RATINGS = np.arange(1, 8)
 PARTS = 8
 """Parts of a group that take turns in not being read: with 16 samples, one is left without each of them."""
 
-
 TURN = 4
 """Samples that share an order of the opinions, but for the parts that two of them go without."""
 

@@ -40,8 +40,6 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a lost HTTP proxy is back in seconds, by default in half a minute
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3",
     "RAY_SERVE_PROXY_USE_GRPC": "1",  # the way of serving.remote's calls, for the proxy's too
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # nothing of ours blocks a replica's loop for long
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_worker_niceness": "0",  # 15 by default: on a busy machine a model then takes minutes to load
 }
 """Settings of a Ray of our own, read when it starts: one that runs already keeps its own."""

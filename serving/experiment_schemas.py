@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from serving.checks import MAX_CANDIDATES, check_count, check_welfare
 from serving.config import DEFAULT_POLICY, ServeConfig
 from serving.experiments import MAX_ALPHA, MAX_ARMS, MAX_LOOKS, MAXIMUM, MINIMUM, Arm, Metric, Mode, Spec, propensities
-from serving.fields import Schema
+from serving.fields import Schema, StoredName
 from serving.trials import MAX_NAME_CHARS, Experiment
 
 
@@ -18,7 +18,7 @@ class ArmIn(Schema):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str = Field(json_schema_extra={"minLength": 1, "maxLength": 100})
+    name: StoredName = Field(json_schema_extra={"minLength": 1, "maxLength": 100})
     """What reports call it; one line."""
 
     policy: str = DEFAULT_POLICY
@@ -41,7 +41,7 @@ class NewExperiment(Schema):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    name: str = Field(json_schema_extra={"minLength": 1, "maxLength": MAX_NAME_CHARS})
+    name: StoredName = Field(json_schema_extra={"minLength": 1, "maxLength": MAX_NAME_CHARS})
     """What it is called. Sent again with the same fields, it makes nothing twice."""
 
     arms: list[ArmIn] = Field(json_schema_extra={"minItems": 2, "maxItems": MAX_ARMS})

@@ -17,7 +17,22 @@ class Schema(BaseModel):
 
 
 def _text(value: str) -> str:
-    return check_readable("text", value)  # the field's real name comes from its place in the body
+    return whole(check_readable("text", value))  # the field's real name comes from its place in the body
+
+
+def whole(value: str) -> str:
+    """A text that can be written in UTF-8 (InputError): JSON can hold half of a character."""
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise InputError("text", value, "has half of a character (a lone surrogate); send whole ones")
+    return value
+
+
+def storable(value: str) -> str:
+    """A whole text that every database keeps as it is (InputError): PostgreSQL has no NUL."""
+    whole(value)
+    if "\x00" in value:
+        raise InputError("text", value, "has a NUL character; leave it out")
+    return value
 
 
 def group(value: list[str]) -> list[str]:
@@ -55,4 +70,6 @@ def rectangle(value: list[list[float]]) -> list[list[float]]:
 
 
 Text = Annotated[str, AfterValidator(_text), Field(json_schema_extra={"maxLength": MAX_OPINION_CHARS, "minLength": 1})]
+StoredText = Annotated[Text, AfterValidator(storable)]
+StoredName = Annotated[str, AfterValidator(storable)]
 Agreement = Annotated[float, Field(ge=1, le=7)]

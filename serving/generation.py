@@ -89,14 +89,13 @@ class Generation:
         """
         job = json.loads(body)
         name, generation = job["deliberation"], job["generation"]
-        row = self.sessions.get(name)
-        if row.state != GENERATING or row.generation != generation:
+        found = await asyncio.to_thread(self._read, name, generation)
+        if found is None:
             return {"candidates": 0}
-        said = self.sessions.written(name)
-        services = self._services(name, row.round, [member for member, _ in said])
+        row, said, services, arms = found
         rows: list[dict[str, Any]] = []
         exposed: list[dict[str, Any]] = []
-        for arm in self._arms(row):
+        for arm in arms:
             try:
                 started = time.perf_counter()
                 consensus = await self._arm(services, row, arm, [text for _, text in said], report)
@@ -118,6 +117,14 @@ class Generation:
                     exposed.append({"arm": arm.name, "candidate": (same or new)["id"], "seconds": seconds})
         await asyncio.to_thread(self.sessions.keep, name, generation, rows, exposed)
         return {"candidates": len(rows)}
+
+    def _read(self, name: str, generation: str) -> tuple[Row, list[tuple[str, str]], Services, list[Arm]] | None:
+        """The deliberation, (member id, opinion) of all who wrote, the models and the arms; None if that is over."""
+        row = self.sessions.get(name)
+        if row.state != GENERATING or row.generation != generation:
+            return None
+        said = self.sessions.written(name)
+        return row, said, self._services(name, row.round, [member for member, _ in said]), self._arms(row)
 
     def _services(self, name: str, number: int, who: list[str]) -> Services:
         if number == 1:

@@ -168,7 +168,7 @@ class Ledger:
         with self._engine.begin() as connection:
             if connection.execute(delete(requests).where(where)).rowcount == 0:
                 raise ApiError("not-found", "no request of that id; it may have been erased")
-        forget(self._engine)
+        forget(self._engine, requests, request_events)
 
     def add_events(self, entry: Entry, events: Sequence[tuple[str, Any]]) -> None:
         """Append (type, JSON-able data), unless the entry was erased or taken over."""

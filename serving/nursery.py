@@ -31,10 +31,6 @@ from serving.worker import Refusal
 HOSTED = "serving.hosted"
 """The module with the classes that a model process can hold."""
 
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
-"""Of glibc, read when a process starts: keep up to 256 MiB of freed memory: every forward pass frees and asks for the
-same again, and fresh pages cost a tenth of its time."""
-
 START_TIMEOUT_S = 120.0
 WATCH_EVERY_S = 1.0
 
@@ -125,7 +121,7 @@ def _ask(address: Path) -> Connection:
 def _start(address: Path) -> Connection:
     address.unlink(missing_ok=True)
     command = [sys.executable, "-m", "serving.nursery", str(address), str(os.getppid())]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     with (address.parent / "log").open("ab") as log:
         # Returns at once: the nursery is a child of what runs here
         subprocess.run(command, env=environment, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from serving.checks import MAX_CANDIDATES, MAX_SEED, check_count, check_seed, check_welfare
 from serving.config import DEFAULT_POLICY
-from serving.fields import Schema, Text
+from serving.fields import Schema, StoredText
 from serving.generation import SHOWN
 from serving.schemas import Problem
 
@@ -26,7 +26,7 @@ class Sent(Schema):
 class NewDeliberation(Sent):
     """A question to a group whose members will write and rate for themselves."""
 
-    question: Text
+    question: StoredText
     """The question the group discusses, best as a yes/no question."""
 
     policy: str = DEFAULT_POLICY
@@ -134,7 +134,7 @@ class Joined(Schema):
 class WriteOpinion(Sent):
     """A member's opinion."""
 
-    text: Text
+    text: StoredText
     """In the member's own words."""
 
 
@@ -237,7 +237,7 @@ class Compare(Sent):
 class Criticise(Sent):
     """What a member has against the winner."""
 
-    text: Text
+    text: StoredText
     """In the member's own words; the policy reads it when it revises."""
 
 

@@ -19,10 +19,12 @@ from serving import trials
 from serving.keys import digest
 from serving.problems import ApiError
 from serving.store import forget, new_id, reading
-from serving.tables import candidates, critiques, deliberations, members, opinions
+from serving.tables import candidates, comparisons, critiques, deliberations, members, opinions, ratings
 
 COLLECTING, GENERATING, RATING, CLOSED = "collecting", "generating", "rating", "closed"
 MEMBER_PREFIX, INVITE_PREFIX = "mem_", "inv_"
+OF_MEMBERS = (members, opinions, ratings, comparisons, critiques)
+"""Tables whose rows go with a member."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Sessions:
         with self.engine.begin() as connection:
             _get(connection, deliberation_id, owner, lock=True)
             connection.execute(delete(deliberations).where(deliberations.c.id == deliberation_id))
-        forget(self.engine)
+        forget(self.engine, deliberations, candidates, *OF_MEMBERS)
 
     # --- the members' -------------------------------------------------------------------------------------------
 
@@ -233,7 +235,7 @@ class Sessions:
                 if predicted.pop(member.id, None) is not None:
                     change = update(candidates).where(candidates.c.id == row.id)
                     connection.execute(change.values(predicted=json.dumps(predicted)))
-        forget(self.engine)
+        forget(self.engine, candidates, *OF_MEMBERS)
 
     # --- what generation reads and writes -----------------------------------------------------------------------
 
@@ -271,13 +273,13 @@ class Sessions:
             change = update(deliberations).where(deliberations.c.id == deliberation_id)
             connection.execute(change.values(state=RATING))
 
-    def failed(self, deliberation_id: str, generation: str, problem: dict[str, Any], arm: str | None) -> None:
+    def failed(self, deliberation_id: str, generation: str, problem: dict[str, Any], arm: str) -> None:
         """Go back to where generation began, and keep why; an experiment counts the arm's failure."""
         with self.engine.begin() as connection:
             row = _get(connection, deliberation_id, lock=True)
             if row.state != GENERATING or row.generation != generation:
                 return
-            if row.experiment is not None and arm is not None:
+            if row.experiment is not None:
                 trials.note_failure(connection, row.experiment, deliberation_id, arm, problem["type"])
             back = {"state": COLLECTING, "round": 1} if row.round == 1 else {"state": RATING, "round": 1}
             change = update(deliberations).where(deliberations.c.id == deliberation_id)

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import NullPool
 
@@ -73,13 +73,14 @@ def reading(engine: Engine) -> Connection:
     return engine.connect().execution_options(isolation_level=AUTOCOMMIT)
 
 
-def forget(engine: Engine) -> None:
-    """Leave nothing in the tables' files of what was deleted.
+def forget(engine: Engine, *tables: Table) -> None:
+    """Leave nothing in the files of these tables of what was deleted.
 
     SQLite's write-ahead log would keep it for a while; PostgreSQL's tables would, until the next vacuum. PostgreSQL's
     own log and back-ups of either are the operator's (docs/operations.md).
     """
-    statement = "PRAGMA wal_checkpoint(TRUNCATE)" if engine.dialect.name == "sqlite" else "VACUUM"
+    vacuum = f"VACUUM {', '.join(table.name for table in tables)}"
+    statement = "PRAGMA wal_checkpoint(TRUNCATE)" if engine.dialect.name == "sqlite" else vacuum
     with reading(engine) as connection:
         connection.exec_driver_sql(statement)
 

@@ -75,8 +75,7 @@ def load(connection: Connection, row: Row) -> Trial:
     ).all()
     written = _by(connection, select(exposures).where(exposures.c.experiment == row.id), "deliberation")
     texts = _by(connection, _in_trial(row.id, candidates, candidates.c.deliberation), "deliberation")
-    people = _by(connection, _in_trial(row.id, members, members.c.deliberation),
-                 "deliberation")  # fmt: skip
+    people = _by(connection, _in_trial(row.id, members, members.c.deliberation), "deliberation")
     marks = _by(connection, _ratings(row.id), "candidate")
     held = [_held(d, written[d.id], texts[d.id], sorted(people[d.id], key=lambda m: m.number), marks) for d in given]
     held.sort(key=lambda one: (math.inf if one.closed is None else one.closed, one.id))

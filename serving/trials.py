@@ -227,7 +227,8 @@ def _arms(connection: Connection, deliberation_id: str) -> list[Arm]:
 
 
 def _experiments(connection: Connection, rows: Sequence[Row]) -> list[Experiment]:
-    every, done = _counts(connection, _held()), _counts(connection, _held().where(deliberations.c.state == "closed"))
+    held = _held([row.id for row in rows])
+    every, done = _counts(connection, held), _counts(connection, held.where(deliberations.c.state == "closed"))
     return [
         Experiment(
             row.id, row.name, Spec.from_json(row.spec), row.created, row.stopped, every.get(row.id, 0),
@@ -237,10 +238,10 @@ def _experiments(connection: Connection, rows: Sequence[Row]) -> list[Experiment
     ]  # fmt: skip
 
 
-def _held() -> Select:
+def _held(names: Sequence[str]) -> Select:
     joined = assignments.join(deliberations, deliberations.c.id == assignments.c.deliberation)
     count = select(assignments.c.experiment, func.count().label("number")).select_from(joined)
-    return count.group_by(assignments.c.experiment)
+    return count.where(assignments.c.experiment.in_(names)).group_by(assignments.c.experiment)
 
 
 def _counts(connection: Connection, query: Select) -> dict[str, int]:

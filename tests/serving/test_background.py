@@ -356,3 +356,11 @@ def test_old_requests_are_erased(config):
     with pytest.raises(ApiError, match="not-found"):
         ledger.find(entry.id, "anybody")
     assert ledger.events(entry.id, 0) == []
+
+
+def test_half_a_character_is_refused_and_not_recorded(client):
+    body = json.dumps({**REQUEST, "question": "Tea \ud800?"})
+    headers = {"Idempotency-Key": "half", "Content-Type": "application/json"}
+    answer = client.post("/v1/consensus", content=body, headers=headers)
+    assert answer.status_code == 422 and answer.json()["errors"][0]["field"] == "question"
+    assert post(client, {"Idempotency-Key": "half"}).status_code == 200
