@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, insert, select, update
+from sqlalchemy import Connection, Engine, Row, bindparam, insert, select, update
 
 from serving import trials
 from serving.experiments import member_order
@@ -68,24 +68,22 @@ class Ballots:
         """
         with self.engine.begin() as connection:
             _in_turn(connection, member)
-            if key is not None:
-                once = (ratings.c.member == member.id) & (ratings.c.idempotency_key == key)
-                before = connection.execute(select(ratings).where(once)).first()
-                if before is not None:
-                    if (before.candidate, before.agreement, before.quality) != (candidate, agreement, quality):
-                        raise ApiError("idempotency-mismatch", "the Idempotency-Key came with another rating before")
-                    return _rating(before)
-            current = _current(connection, member, candidate)
-            if (current.agreement, current.quality) == (agreement, quality):
-                return Rating(candidate, agreement, quality, current.version)
-            if current.number is not None:
-                connection.execute(update(ratings).where(ratings.c.number == current.number).values(current=False))
-            version = 1 if current.number is None else current.version + 1
+            found = _found(connection, member, candidate, key)
+            if found.once is not None:
+                if (found.once, found.once_agreement, found.once_quality) != (candidate, agreement, quality):
+                    raise ApiError("idempotency-mismatch", "the Idempotency-Key came with another rating before")
+                return Rating(candidate, agreement, quality, found.once_version)
+            _check_rated(found)
+            if (found.agreement, found.quality) == (agreement, quality):
+                return Rating(candidate, agreement, quality, found.version)
+            if found.number is not None:
+                connection.execute(_REPLACED, {"replaced": found.number})
+            version = 1 if found.number is None else found.version + 1
             values = {
                 "member": member.id, "candidate": candidate, "version": version, "current": True,
                 "agreement": agreement, "quality": quality, "idempotency_key": key, "created": self.clock(),
             }  # fmt: skip
-            connection.execute(insert(ratings).values(values))
+            connection.execute(_NEW, values)
             return Rating(candidate, agreement, quality, version)
 
     def compare(self, member: Member, better: str, worse: str, tie: bool) -> None:
@@ -97,7 +95,7 @@ class Ballots:
         with self.engine.begin() as connection:
             _in_turn(connection, member)
             for candidate in (better, worse):
-                _current(connection, member, candidate)
+                _check_rated(_found(connection, member, candidate))
             pair = comparisons.c.better.in_((better, worse)) & comparisons.c.worse.in_((better, worse))
             mine = (comparisons.c.member == member.id) & comparisons.c.current & pair
             before = connection.execute(select(comparisons).where(mine)).first()
@@ -139,29 +137,32 @@ def _round(row: Row) -> Any:
 def _in_turn(connection: Connection, member: Member) -> None:
     """One ballot of a member at a time: PostgreSQL would let two find the same newest version."""
     if connection.dialect.name != "sqlite":  # there writers take turns anyway
-        connection.execute(select(members.c.id).where(members.c.id == member.id).with_for_update())
+        connection.execute(_TURN, {"member": member.id})
 
 
-def _current(connection: Connection, member: Member, candidate: str) -> Row:
-    """The member's current rating of a candidate that may be rated; columns are None before there is one.
+def _found(connection: Connection, member: Member, candidate: str, key: str | None = None) -> Row:
+    """All that a rating needs to know, in one statement: rating is what the service does most.
 
-    One statement: rating is what the service does most. The lock keeps the deliberation from being closed meanwhile.
+    The lock keeps the deliberation from being closed meanwhile.
+
+    Raises:
+        ApiError: ``not-found``, if the member's deliberation has no such candidate.
     """
-    mine = (ratings.c.candidate == candidates.c.id) & (ratings.c.member == member.id) & ratings.c.current
-    found = (
-        select(deliberations.c.state, deliberations.c.round, candidates.c.round.label("of_round"))
-        .add_columns(ratings.c.number, ratings.c.version, ratings.c.agreement, ratings.c.quality)
-        .join(candidates, candidates.c.deliberation == deliberations.c.id)
-        .outerjoin(ratings, mine)
-        .where((candidates.c.id == candidate) & (deliberations.c.id == member.deliberation))
-        .with_for_update(read=True, of=deliberations)
-    )
-    row = connection.execute(found).first()
-    if row is not None:
-        _check_rating(row)
-    if row is None or row.of_round != row.round:
-        raise ApiError("not-found", "no candidate of that id in this round of the member's deliberation")
+    values = {"member": member.id, "deliberation": member.deliberation, "candidate": candidate, "key": key}
+    row = connection.execute(_FOUND, values).first()
+    if row is None:
+        raise _not_shown()
     return row
+
+
+def _check_rated(found: Row) -> None:
+    _check_rating(found)
+    if found.of_round != found.round:
+        raise _not_shown()
+
+
+def _not_shown() -> ApiError:
+    return ApiError("not-found", "no candidate of that id in this round of the member's deliberation")
 
 
 def _check_rating(row: Row) -> None:
@@ -171,3 +172,24 @@ def _check_rating(row: Row) -> None:
 
 def _rating(row: Row) -> Rating:
     return Rating(row.candidate, row.agreement, row.quality, row.version)
+
+
+# Made once: SQLAlchemy takes longer to put such a statement together than SQLite to answer it
+_mine, _once = ratings.alias("mine"), ratings.alias("once")
+_FOUND = (
+    select(deliberations.c.state, deliberations.c.round, candidates.c.round.label("of_round"))
+    .add_columns(_mine.c.number, _mine.c.version, _mine.c.agreement, _mine.c.quality)
+    .add_columns(_once.c.candidate.label("once"), _once.c.version.label("once_version"))
+    .add_columns(_once.c.agreement.label("once_agreement"), _once.c.quality.label("once_quality"))
+    .join(candidates, candidates.c.deliberation == deliberations.c.id)
+    .outerjoin(
+        _mine, (_mine.c.candidate == candidates.c.id) & (_mine.c.member == bindparam("member")) & _mine.c.current
+    )
+    .outerjoin(_once, (_once.c.member == bindparam("member")) & (_once.c.idempotency_key == bindparam("key")))
+    .where((candidates.c.id == bindparam("candidate")) & (deliberations.c.id == bindparam("deliberation")))
+    .with_for_update(read=True, of=deliberations)
+)
+"""State of the deliberation, round of the candidate; the member's current rating and the one with the key, or NULLs."""
+_TURN = select(members.c.id).where(members.c.id == bindparam("member")).with_for_update()
+_REPLACED = update(ratings).where(ratings.c.number == bindparam("replaced")).values(current=False)
+_NEW = insert(ratings)

@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Table, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import QueuePool
 
 from deliberation.types import InputError
 from serving.migrate import migrate
@@ -90,8 +90,8 @@ def _sqlite(url: Any) -> Engine:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     else:
         raise InputError("database", str(url), "name a file: every thread and process would have a memory of its own")
-    # A connection a call: they are cheap, and none is shared among threads
-    engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_TIMEOUT_S})
+    # Kept open: opening one reads the whole schema. As many as there are threads, or one could wait for another's turn
+    engine = create_engine(url, poolclass=QueuePool, max_overflow=-1, connect_args={"timeout": BUSY_TIMEOUT_S})
 
     @event.listens_for(engine, "connect")
     def connected(connection: Any, record: Any) -> None:
