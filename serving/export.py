@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Engine, bindparam, func, select, text
+from sqlalchemy import Connection, Engine, Select, bindparam, func, select, text
 
 from deliberation.types import InputError
 from serving.config import ServeConfig
@@ -31,29 +31,32 @@ def export_rows(engine: Engine, after: int = 0, page: int = PAGE) -> Iterator[di
 
     Yields:
         Dictionaries with ``number``, ``deliberation_id``, ``member`` (number in the deliberation, from 0),
-        ``question``, ``opinion`` (the newest version), ``statement``, ``agreement`` and ``quality`` (1 to 7), ``arm``
-        (None without one, or where both arms wrote the statement), ``propensity`` (of the arm; 1.0 without one),
-        ``policy_weights`` (print of the weights that wrote the statement) and ``created`` (seconds since 1970).
+        ``question``, ``opinion`` (the newest version), ``statement``, ``arm`` (None without one, or where both arms
+        wrote the statement), ``propensity`` (of the arm; 1.0 without one), ``policy_weights`` (print of the weights
+        that wrote the statement), ``agreement`` and ``quality`` (1 to 7) and ``created`` (seconds since 1970).
     """
     newest = _newest(engine)
     while after < newest:
         with reading(engine) as connection:
             if engine.dialect.name == "postgresql":  # compiling would take longer than a page does
                 connection.exec_driver_sql("SET jit = off")
-            edge = connection.execute(_EDGE, {"after": after, "skipped": page - 1}).scalar()
-            edge = newest if edge is None else min(edge, newest)
-            rows = connection.execute(_ROWS, {"after": after, "edge": edge}).all()
-        for row in rows:
-            found = dict(zip(COLUMNS, row, strict=True))
-            if found["opinion"] is not None:
-                yield found | {"policy_weights": _weights(found["policy_weights"])}
-        after = edge
+            rated = connection.execute(_RATED, {"after": after, "newest": newest, "page": page}).all()
+            said = _by_id(connection, _SAID, {row.member for row in rated})
+            written = _by_id(connection, _WRITTEN, {row.candidate for row in rated if row.member in said})
+        for row in written.values():
+            row["policy_weights"] = _weights(row["policy_weights"])
+        for number, member, candidate, current, agreement, quality, created in rated:
+            if current and member in said and candidate in written:
+                yield {
+                    "number": number, **said[member], **written[candidate],
+                    "agreement": agreement, "quality": quality, "created": created,
+                }  # fmt: skip
+        after = rated[-1].number if rated else newest
 
 
-COLUMNS = (
-    "number", "deliberation_id", "member", "question", "opinion", "statement", "agreement", "quality", "arm",
-    "propensity", "policy_weights", "created",
-)  # fmt: skip
+def _by_id(connection: Connection, query: Select, ids: set[str]) -> dict[str, dict[str, Any]]:
+    rows = map(dict, connection.execute(query, {"ids": list(ids)}).mappings())
+    return {row.pop("id"): row for row in rows}
 
 
 @lru_cache(maxsize=1000)
@@ -79,14 +82,6 @@ _WRITING = text(
 )
 """The transactions that write ratings now."""
 
-_EDGE = (
-    select(ratings.c.number)
-    .where(ratings.c.number > bindparam("after"))
-    .order_by(ratings.c.number)
-    .offset(bindparam("skipped"))
-    .limit(1)
-)
-
 _opinion = (
     select(opinions.c.text)
     .where(opinions.c.member == members.c.id)
@@ -103,30 +98,30 @@ def _of_the_arm(column: Any) -> Any:
     return one.scalar_subquery()
 
 
-_ROWS = (
-    select(
-        ratings.c.number,
-        deliberations.c.id.label("deliberation_id"),
-        members.c.number.label("member"),
-        deliberations.c.question,
-        _opinion.label("opinion"),
-        candidates.c.statement,
-        ratings.c.agreement,
-        ratings.c.quality,
-        _of_the_arm(exposures.c.arm).label("arm"),
-        func.coalesce(_of_the_arm(exposures.c.propensity), 1.0).label("propensity"),
-        candidates.c.versions.label("policy_weights"),
-        ratings.c.created,
-    )
-    .join(members, members.c.id == ratings.c.member)
-    .join(candidates, candidates.c.id == ratings.c.candidate)
+# Three look-ups a page, put together here: one join would send each question, opinion and statement many times over
+_RATED = (
+    select(ratings.c.number, ratings.c.member, ratings.c.candidate, ratings.c.current)
+    .add_columns(ratings.c.agreement, ratings.c.quality, ratings.c.created)
+    .where(ratings.c.number > bindparam("after"), ratings.c.number <= bindparam("newest"))
+    .order_by(ratings.c.number)
+    .limit(bindparam("page"))
+)
+_SAID = (
+    select(members.c.id, members.c.deliberation.label("deliberation_id"), members.c.number.label("member"))
+    .add_columns(deliberations.c.question, _opinion.label("opinion"))
     .join(deliberations, deliberations.c.id == members.c.deliberation)
     .outerjoin(experiments, experiments.c.id == deliberations.c.experiment)
-    .where(ratings.c.number > bindparam("after"), ratings.c.number <= bindparam("edge"), ratings.c.current)
-    .where(members.c.consent)
+    .where(members.c.id.in_(bindparam("ids", expanding=True)), members.c.consent, _opinion.is_not(None))
     .where(deliberations.c.experiment.is_(None) | experiments.c.stopped.is_not(None))
-    .order_by(ratings.c.number)
 )
+"""Members whose ratings may go out."""
+_WRITTEN = select(
+    candidates.c.id,
+    candidates.c.statement,
+    _of_the_arm(exposures.c.arm).label("arm"),
+    func.coalesce(_of_the_arm(exposures.c.propensity), 1.0).label("propensity"),
+    candidates.c.versions.label("policy_weights"),
+).where(candidates.c.id.in_(bindparam("ids", expanding=True)))
 
 
 @dataclass

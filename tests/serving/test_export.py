@@ -16,11 +16,16 @@ from deliberation.datasets import read_responses
 from deliberation.types import Rating
 from reward.preference_config import PreferenceConfig
 from reward.train import fit
-from serving.export import COLUMNS, PAGE, export_rows
+from serving.export import PAGE, export_rows
 from serving.store import open_store
 from serving.tables import candidates, deliberations, experiments, exposures, members, opinions, ratings
 
 import tiny
+
+COLUMNS = [
+    "number", "deliberation_id", "member", "question", "opinion", "statement", "arm", "propensity", "policy_weights",
+    "agreement", "quality", "created",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -51,7 +56,7 @@ def test_current_ratings_of_those_who_consented(store):
         "opinion": "Tea for all, at once.", "statement": "Statement 0.", "agreement": 7, "quality": 6, "arm": "old",
         "propensity": 0.25, "policy_weights": "sha256:0", "created": 5.0,
     }  # fmt: skip
-    assert tuple(first) == tuple(second) == COLUMNS
+    assert list(first) == list(second) == COLUMNS
     assert (second["number"], second["member"], second["arm"], second["propensity"]) == (7, 2, None, 1.0)
 
 
