@@ -24,16 +24,16 @@ from serving.config import ServeConfig
 class Instant:
     """``Services`` whose statements are numbered, and worth the same to everybody."""
 
-    policies = ("default",)
+    policies = preference_models = ("default",)
 
-    def __init__(self) -> None:
-        self.judge = Judge()
+    def judge(self, preference_model: str) -> Judge:
+        return Judge()
 
     def sampler(self, policy: str) -> Sampler:
         return Sampler()
 
     async def versions(self) -> dict[str, str]:
-        return {"preference_model": "none", "policy:default": "none"}
+        return {"preference_model:default": "none", "policy:default": "none"}
 
 
 class Sampler:

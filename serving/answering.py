@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from deliberation.types import InputError
 from serving.best_of_n import AsyncJudge, AsyncSampler, Judgement, Plan, choose, readable, statements
 from serving.metrics import Metrics
 from serving.result import Consensus
@@ -25,18 +26,36 @@ class Services(Protocol):
     """The models behind the interface.
 
     Attributes:
-        policies: their names.
-        judge: the preference model.
+        policies, preference_models: their names.
     """
 
     policies: tuple[str, ...]
-    judge: AsyncJudge
+    preference_models: tuple[str, ...]
 
     def sampler(self, policy: str) -> AsyncSampler:
         """The policy of that name (InputError, Overloaded where it is called)."""
 
+    def judge(self, preference_model: str) -> AsyncJudge:
+        """The preference model of that name (the same)."""
+
     async def versions(self) -> dict[str, str]:
-        """Prints of the weights: ``preference_model`` and ``policy:NAME``; fails if a model does not answer."""
+        """Prints of the weights: ``preference_model:NAME`` and ``policy:NAME``; fails if a model does not answer."""
+
+
+def check_models(services: Services, policy: str, preference_model: str, place: str = "") -> None:
+    """Refuse names of models that are not served.
+
+    Args:
+        place: where the fields stand, e.g. ``arms[0].``.
+
+    Raises:
+        InputError: field ``policy`` or ``preference_model``.
+    """
+    if policy not in services.policies:
+        raise InputError(f"{place}policy", policy, f"must be one of {', '.join(services.policies)}")
+    if preference_model not in services.preference_models:
+        mend = f"must be one of {', '.join(services.preference_models)}"
+        raise InputError(f"{place}preference_model", preference_model, mend)
 
 
 async def silent(events: Events) -> None:
@@ -61,9 +80,10 @@ async def carry_out(services: Services, plan: Plan, metrics: Metrics, report: Re
     await report([("candidate", {"index": i, "statement": text}) for i, text in enumerate(texts)])
     # 2. Judge, a part of the group at a time
     started, kept, parts = time.perf_counter(), readable(texts), []
+    judge = services.judge(plan.preference_model)
     for first in range(0, len(plan.opinions), MEMBERS_A_CALL):
         members = plan.opinions[first : first + MEMBERS_A_CALL]
-        parts.append(await services.judge.judge(plan.question, members, kept))
+        parts.append(await judge.judge(plan.question, members, kept))
         await report([("scored", {"members": first + len(members), "of": len(plan.opinions)})])
     metrics.stage("judge", time.perf_counter() - started)
     # 3. Choose: a large group's welfare takes a moment, and the loop serves others

@@ -21,11 +21,11 @@ from sqlalchemy import Engine, create_engine
 
 from deliberation.types import InputError
 from reward.welfare import welfare
-from serving.answering import Report, Services, carry_out, silent
+from serving.answering import Report, Services, carry_out, check_models, silent
 from serving.background import Background, stream_until_gone, under_lease
 from serving.best_of_n import Plan, make_plan
 from serving.checks import MAX_WAITING_MEMBERS, welfare_used
-from serving.config import DEFAULT_POLICY, ServeConfig
+from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL, ServeConfig
 from serving.experiment_routes import add_experiments
 from serving.guard import MAX_BODY_BYTES, Guard
 from serving.influence import add_influence
@@ -116,12 +116,12 @@ class Desk:
         Raises:
             InputError: naming the field.
         """
-        if body.policy not in self.services.policies:
-            raise InputError("policy", body.policy, f"must be one of {', '.join(self.services.policies)}")
+        check_models(self.services, body.policy, body.preference_model)
         return make_plan(
             body.question,
             body.opinions,
             policy=body.policy,
+            preference_model=body.preference_model,
             n=self.defaults.num_candidates if body.n is None else body.n,
             welfare=self.defaults.welfare if body.welfare is None else body.welfare,
             uncertainty_penalty=self.defaults.uncertainty_penalty,
@@ -269,7 +269,8 @@ def _add_pure(app: FastAPI, services: Services, defaults: ServeConfig, admit: Ca
     @app.post("/v1/score", responses=_problems(400, 401, 403, 413, 422, 429, 500, 504))
     async def score(body: ScoreRequest, caller: Caller = owner) -> ScoreResponse:
         """What every member is predicted to think of every statement."""
-        work = services.judge.judge(body.question, body.opinions, body.statements)
+        check_models(services, DEFAULT_POLICY, body.preference_model)
+        work = services.judge(body.preference_model).judge(body.question, body.opinions, body.statements)
         found = await asyncio.wait_for(work, defaults.request_timeout_s)
         return ScoreResponse(
             utilities=np.asarray(found.utilities).tolist(),
@@ -289,10 +290,14 @@ def _add_pure(app: FastAPI, services: Services, defaults: ServeConfig, admit: Ca
 
     @app.get("/v1/models", responses=_problems(401, 403, 429, 500, 504))
     async def models(caller: Caller = owner) -> Models:
-        """The policies a request may name, and which weights answer."""
+        """The models a request may name, and which weights answer."""
         versions = await asyncio.wait_for(services.versions(), defaults.request_timeout_s)
-        policies = {name: versions[f"policy:{name}"] for name in services.policies}
-        return Models(default_policy=DEFAULT_POLICY, policies=policies, preference_model=versions["preference_model"])
+        return Models(
+            default_policy=DEFAULT_POLICY,
+            policies={name: versions[f"policy:{name}"] for name in services.policies},
+            default_preference_model=DEFAULT_PREFERENCE_MODEL,
+            preference_models={name: versions[f"preference_model:{name}"] for name in services.preference_models},
+        )
 
 
 def _add_health(app: FastAPI, services: Services, defaults: ServeConfig, metrics: Metrics) -> None:
@@ -338,7 +343,7 @@ def document() -> dict[str, Any]:
     """The OpenAPI document of the interface, whatever the models and settings."""
 
     class NoServices:
-        policies = ()
+        policies = preference_models = ()
 
     return make_app(NoServices(), engine=create_engine("sqlite://")).openapi()  # type: ignore[arg-type]
 

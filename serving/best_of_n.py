@@ -114,7 +114,7 @@ class Plan:
     Attributes:
         orders: distinct prompts.
         places: for each order, the candidate indices its samples fill (``len(places[i]) == orders[i].count``).
-        policy: the name the answering policy goes by.
+        policy, preference_model: the names the answering models go by.
         influence: whether to say what each opinion changed (see ``serving.influence``).
     """
 
@@ -124,6 +124,7 @@ class Plan:
     used: WelfareUsed
     seed: int
     policy: str
+    preference_model: str
     uncertainty_penalty: float
     orders: tuple[Order, ...]
     places: tuple[tuple[int, ...], ...]
@@ -138,6 +139,7 @@ def make_plan(
     welfare: str | float,
     seed: int,
     policy: str = "default",
+    preference_model: str = "default",
     uncertainty_penalty: float = 0.0,
     reshuffle: bool = True,
     influence: bool = False,
@@ -167,7 +169,8 @@ def make_plan(
         raise InputError("influence", influence, f"is for groups of 2 to {MAX_WAITING_MEMBERS}; this has {len(texts)}")
     orders, places = draw_orders(len(texts), check_count(n), check_seed(seed), reshuffle)
     penalty = check_uncertainty_penalty(uncertainty_penalty)
-    return Plan(question, texts, n, welfare_used(welfare), seed, policy, penalty, orders, places, influence)
+    used = welfare_used(welfare)
+    return Plan(question, texts, n, used, seed, policy, preference_model, penalty, orders, places, influence)
 
 
 def draw_orders(

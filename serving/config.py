@@ -12,6 +12,9 @@ from serving.checks import check_count, check_seed, check_welfare
 DEFAULT_POLICY = "default"
 """Name of the policy that answers a request that names none."""
 
+DEFAULT_PREFERENCE_MODEL = "default"
+"""Name of the preference model that scores for a request that names none."""
+
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 """Addresses that only this machine reaches."""
@@ -58,7 +61,10 @@ class ServeConfig:
     ``http://127.0.0.1:8001/v1#my-model``."""
 
     preference_model: str = "embedded/judge"
-    """Folder of the preference model that scores every candidate for every member."""
+    """Folder of the preference model that scores every candidate for every member, by default."""
+
+    preference_models: list[str] = field(default_factory=list)
+    """Further preference models, each ``NAME=FOLDER``; a request picks one by ``"preference_model": "NAME"``."""
 
     policies: list[str] = field(default_factory=list)
     """Further policies, each ``NAME=FOLDER`` or ``NAME=URL#MODEL``; a request picks one by ``"policy": "NAME"``."""
@@ -157,6 +163,7 @@ class ServeConfig:
         _check(self.replica_gpus > 0, "replica_gpus", self.replica_gpus, "must be above 0")
         _check(self.max_queued_requests >= 0, "max_queued_requests", self.max_queued_requests, "must be at least 0")
         self.policy_folders()
+        self.preference_folders()
 
     @property
     def sampling(self) -> Sampling:
@@ -165,19 +172,30 @@ class ServeConfig:
 
     def policy_folders(self) -> dict[str, str]:
         """Policy name -> folder, hub name or ``URL#MODEL``, the default one first."""
-        folders = {DEFAULT_POLICY: self.model_name_or_path}
-        for entry in self.policies:
-            name, equals, folder = entry.partition("=")
-            if not equals or not folder or not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name):
-                raise InputError("policies", entry, "write NAME=FOLDER, with a name of letters, digits, - and _")
-            if name in folders:
-                raise InputError("policies", entry, f"the name {name} is taken; choose another")
-            folders[name] = folder
+        folders = {DEFAULT_POLICY: self.model_name_or_path} | _named("policies", self.policies, DEFAULT_POLICY)
         for name, folder in folders.items():
             if "://" in folder and server_of(folder) is None:
                 key = "model_name_or_path" if name == DEFAULT_POLICY else "policies"
                 raise InputError(key, folder, "write http://HOST:PORT/v1#MODEL")
         return folders
+
+    def preference_folders(self) -> dict[str, str]:
+        """Name of a preference model -> its folder, the default one first."""
+        further = _named("preference_models", self.preference_models, DEFAULT_PREFERENCE_MODEL)
+        return {DEFAULT_PREFERENCE_MODEL: self.preference_model} | further
+
+
+def _named(key: str, entries: list[str], taken: str) -> dict[str, str]:
+    """The folders of entries ``NAME=FOLDER``."""
+    folders: dict[str, str] = {}
+    for entry in entries:
+        name, equals, folder = entry.partition("=")
+        if not equals or not folder or not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name):
+            raise InputError(key, entry, "write NAME=FOLDER, with a name of letters, digits, - and _")
+        if name in folders or name == taken:
+            raise InputError(key, entry, f"the name {name} is taken; choose another")
+        folders[name] = folder
+    return folders
 
 
 def _check(good: bool, name: str, value: object, mend: str) -> None:

@@ -27,7 +27,7 @@ from deliberation.types import InputError, is_hub_name
 from embedded import resolve
 from reward.actor import local_ray
 from reward.preference import check_ensemble
-from serving.config import DEFAULT_POLICY, ServeConfig, server_of
+from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL, ServeConfig, server_of
 from serving.ingress import Api
 from serving.replicas import Policy, Reward, ServerPolicy
 from serving.schemas import EXAMPLES
@@ -60,16 +60,23 @@ def build(args: ServeConfig | dict[str, Any]) -> serve.Application:
     """
     config = args if isinstance(args, ServeConfig) else read_settings(args)
     config = replace(config, database=_from_anywhere(config.database))
-    judge = model_folder("preference_model", config.preference_model)
-    if config.uncertainty_penalty:
-        check_ensemble(judge)
     options = model_options(config)
+    rewards = {name: _reward(name, place, config, options) for name, place in config.preference_folders().items()}
     policies = {name: _policy(name, place, config, options) for name, place in config.policy_folders().items()}
-    reward = Reward.options(**options).bind(config.request_timeout_s, judge, config.device)  # type: ignore[attr-defined]
     api = Api.options(  # type: ignore[attr-defined]
         num_replicas=config.api_replicas, graceful_shutdown_timeout_s=config.request_timeout_s
     )
-    return api.bind(policies, reward, config)
+    return api.bind(policies, rewards, config)
+
+
+def _reward(name: str, place: str, config: ServeConfig, options: dict[str, Any]) -> serve.Application:
+    """The deployment of one preference model."""
+    field = "preference_model" if name == DEFAULT_PREFERENCE_MODEL else "preference_models"
+    folder = preference_folder(field, place)
+    if config.uncertainty_penalty:
+        check_ensemble(folder)
+    deployment = Reward.options(name=f"Reward-{name}", **options)  # type: ignore[attr-defined]
+    return deployment.bind(config.request_timeout_s, folder, config.device)
 
 
 def _policy(name: str, place: str, config: ServeConfig, options: dict[str, Any]) -> serve.Application:
@@ -142,12 +149,24 @@ def model_folder(field: str, name_or_path: str) -> str:
     if path.is_dir():
         if not any(path.glob("*.safetensors")):
             raise InputError(field, name_or_path, "holds no *.safetensors; save the model with save_pretrained")
-        if field == "preference_model" and not (path / CALIBRATION).is_file():
-            raise InputError(field, name_or_path, f"has no {CALIBRATION}; fit it with `consensus preference`")
         return str(path.resolve())
-    if field == "preference_model" or not is_hub_name(name_or_path):  # calibration is never on the hub
+    if not is_hub_name(name_or_path):
         raise InputError(field, name_or_path, "no such folder; train the model first or name another")
     return name_or_path
+
+
+def preference_folder(field: str, path: str) -> str:
+    """Absolute path of a preference model's folder: never a hub name, for calibration is not on the hub.
+
+    Raises:
+        InputError: naming ``field``.
+    """
+    if not Path(resolve(path)).is_dir():
+        raise InputError(field, path, "no such folder; train the model first or name another")
+    folder = model_folder(field, path)
+    if not (Path(folder) / CALIBRATION).is_file():
+        raise InputError(field, path, f"has no {CALIBRATION}; fit it with `consensus preference`")
+    return folder
 
 
 @contextmanager

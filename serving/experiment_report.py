@@ -25,6 +25,9 @@ class ArmReport:
     policy: str
     """Name of the policy."""
 
+    preference_model: str
+    """Name of the preference model that scores."""
+
     n: int
     """Candidates it samples and chooses from."""
 
@@ -366,7 +369,8 @@ def _sign(found: SignReport, positive: str, negative: str) -> str:
 
 def _arm_line(arm: ArmReport) -> str:
     failures = sum(arm.failures.values())
-    parts = [f"Arm {arm.name}: policy {arm.policy}, n {arm.n}, welfare {arm.welfare}; exposed {arm.exposed}"]
+    models = f"policy {arm.policy}, preference model {arm.preference_model}"
+    parts = [f"Arm {arm.name}: {models}, n {arm.n}, welfare {arm.welfare}; exposed {arm.exposed}"]
     if arm.seconds_p50 is not None and arm.seconds_p95 is not None:
         parts.append(f"{arm.seconds_p50:.2f} s median, {arm.seconds_p95:.2f} s p95")
     parts.append(f"{failures} failures")

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, FastAPI, Query, Response
 from sqlalchemy import Engine
 
-from deliberation.types import InputError
 from serving import trials
-from serving.answering import Services
+from serving.answering import Services, check_models
 from serving.config import ServeConfig
 from serving.experiment_plot import picture
 from serving.experiment_report import ExperimentReport
@@ -55,9 +54,7 @@ def _add_owners(
     async def create_experiment(body: NewExperiment, caller: Caller = owner) -> ExperimentOut:
         """Begin an experiment. Arms, measure and stop rule are fixed from now on."""
         for k, arm in enumerate(body.arms):
-            if arm.policy not in services.policies:
-                mend = f"must be one of {', '.join(services.policies)}"
-                raise InputError(f"arms[{k}].policy", arm.policy, mend)
+            check_models(services, arm.policy, arm.preference_model, f"arms[{k}].")
         spec = body.spec(await asyncio.wait_for(services.versions(), defaults.request_timeout_s))
         made = await asyncio.to_thread(trials.create, engine, caller.id, body.name, spec)
         return ExperimentOut.of(await asyncio.to_thread(trials.get, engine, made, caller.id))

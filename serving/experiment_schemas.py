@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from serving.checks import MAX_CANDIDATES, check_count, check_welfare
-from serving.config import DEFAULT_POLICY, ServeConfig
+from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL, ServeConfig
 from serving.experiments import MAX_ALPHA, MAX_ARMS, MAX_LOOKS, MAXIMUM, MINIMUM, Arm, Metric, Mode, Spec, propensities
 from serving.fields import Schema, StoredName
 from serving.trials import MAX_NAME_CHARS, Experiment
@@ -23,6 +23,9 @@ class ArmIn(Schema):
 
     policy: str = DEFAULT_POLICY
     """Name of the policy that writes the candidates; ``GET /v1/models`` lists the names."""
+
+    preference_model: str = DEFAULT_PREFERENCE_MODEL
+    """Name of the preference model that scores; ``GET /v1/models`` lists the names."""
 
     n: Annotated[int, AfterValidator(check_count)] = Field(
         default=ServeConfig.num_candidates, json_schema_extra={"minimum": 1, "maximum": MAX_CANDIDATES}
@@ -84,6 +87,9 @@ class ArmOut(Schema):
     policy: str
     """Name of the policy."""
 
+    preference_model: str
+    """Name of the preference model."""
+
     n: int
     """Candidates to sample and choose from."""
 
@@ -140,7 +146,10 @@ class ExperimentOut(Schema):
     def of(cls, found: Experiment) -> ExperimentOut:
         """The body for an experiment."""
         shares, spec = propensities(found.spec), found.spec
-        arms = [ArmOut(name=a.name, policy=a.policy, n=a.n, welfare=a.welfare, share=shares[a.name]) for a in spec.arms]
+        arms = [
+            ArmOut(**{key: value for key, value in vars(a).items() if key != "weight"}, share=shares[a.name])
+            for a in spec.arms
+        ]
         return cls(
             id=found.id,
             name=found.name,

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from deliberation.types import InputError
 from serving.checks import check_count, check_readable, check_welfare
+from serving.config import DEFAULT_PREFERENCE_MODEL
 
 Mode = Literal["paired", "between"]
 Metric = Literal["agreement", "win_rate"]
@@ -40,6 +41,7 @@ class Arm:
         n: candidates to sample and choose from.
         welfare: what chooses, as in a consensus request.
         weight: share of the deliberations, relative to the other arms; in a paired experiment 1.
+        preference_model: name of the one that scores them.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Arm:
     n: int
     welfare: str | float
     weight: float = 1.0
+    preference_model: str = DEFAULT_PREFERENCE_MODEL
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def _check_arms(arms: tuple[Arm, ...], mode: str) -> None:
         place = f"arms[{k}]"
         _check(f"{place}.name", _check_name, arm.name)
         _check(f"{place}.policy", lambda text: check_readable("policy", text), arm.policy)
+        _check(f"{place}.preference_model", lambda text: check_readable("name", text), arm.preference_model)
         _check(f"{place}.n", check_count, arm.n)
         _check(f"{place}.welfare", _check_welfare, arm.welfare)
         if not _number(arm.weight) or not 0 < arm.weight <= MAX_WEIGHT:

@@ -44,11 +44,13 @@ class Revising:
 
     def __init__(self, services: Services, winner: str, comments: Sequence[str]):
         self._services, self.winner, self.comments = services, winner, tuple(comments)
-        self.policies: tuple[str, ...] = services.policies
-        self.judge: AsyncJudge = services.judge
+        self.policies, self.preference_models = services.policies, services.preference_models
 
     def sampler(self, policy: str) -> AsyncSampler:
         return _Revised(self, self._services.sampler(policy))
+
+    def judge(self, preference_model: str) -> AsyncJudge:
+        return self._services.judge(preference_model)
 
     async def versions(self) -> dict[str, str]:
         return await self._services.versions()
@@ -135,7 +137,7 @@ class Generation:
     def _arms(self, row: Row) -> list[Arm]:
         if row.experiment is None:
             settings = json.loads(row.settings)
-            return [Arm(name="", policy=settings["policy"], n=settings["n"], welfare=settings["welfare"])]
+            return [Arm(name="", **{key: settings[key] for key in ("policy", "preference_model", "n", "welfare")})]
         with reading(self.sessions.engine) as connection:
             return trials.arms_of(connection, row.id)
 
@@ -144,6 +146,7 @@ class Generation:
             row.question,
             texts,
             policy=arm.policy,
+            preference_model=arm.preference_model,
             n=arm.n,
             welfare=arm.welfare,
             seed=json.loads(row.settings)["seed"],

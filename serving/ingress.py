@@ -26,9 +26,11 @@ from serving.store import check_nodes
 class Api:
     """The HTTP interface in front of them."""
 
-    def __init__(self, policies: dict[str, DeploymentHandle], reward: DeploymentHandle, config: ServeConfig):
+    def __init__(
+        self, policies: dict[str, DeploymentHandle], rewards: dict[str, DeploymentHandle], config: ServeConfig
+    ):
         check_nodes(config.database, sum(node["Alive"] for node in ray.nodes()))
-        self._services, self._config = RemoteServices(policies, reward), config
+        self._services, self._config = RemoteServices(policies, rewards), config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve's proxy echoes the request's id itself

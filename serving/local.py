@@ -108,14 +108,14 @@ class LocalServices:
 
     Args:
         policies: policy name -> sampler.
-        judge: scores for all policies.
+        judges: name of the preference model -> judge.
     """
 
-    def __init__(self, policies: Mapping[str, LocalSampler], judge: LocalJudge):
-        self.policies = tuple(policies)
+    def __init__(self, policies: Mapping[str, LocalSampler], judges: Mapping[str, LocalJudge]):
+        self.policies, self.preference_models = tuple(policies), tuple(judges)
         lock = threading.Lock()  # torch modules are not made for two callers at once
         self._samplers = {name: InThread(sampler, lock) for name, sampler in policies.items()}
-        self.judge = InThread(judge, lock)
+        self._judges = {name: InThread(judge, lock) for name, judge in judges.items()}
 
     @classmethod
     def load(cls, config: ServeConfig) -> LocalServices:
@@ -124,18 +124,24 @@ class LocalServices:
             name: LocalSampler.load(folder, config.sampling, config.device)
             for name, folder in config.policy_folders().items()
         }
+        folders = config.preference_folders()
         if config.uncertainty_penalty:
-            check_ensemble(resolve(config.preference_model))
-        return cls(samplers, LocalJudge.load(config.preference_model, config.device))
+            for folder in folders.values():
+                check_ensemble(resolve(folder))
+        return cls(samplers, {name: LocalJudge.load(folder, config.device) for name, folder in folders.items()})
 
     def sampler(self, policy: str) -> InThread:
         """The policy of that name, as an ``AsyncSampler``."""
         return self._samplers[policy]
 
+    def judge(self, preference_model: str) -> InThread:
+        """The preference model of that name, as an ``AsyncJudge``."""
+        return self._judges[preference_model]
+
     async def versions(self) -> dict[str, str]:
-        """Prints of all models' weights: ``preference_model`` and ``policy:NAME``."""
-        prints = {f"policy:{name}": sampler.model.version for name, sampler in self._samplers.items()}
-        return {"preference_model": self.judge.model.version, **prints}
+        """Prints of all models' weights: ``preference_model:NAME`` and ``policy:NAME``."""
+        prints = {f"preference_model:{name}": judge.model.version for name, judge in self._judges.items()}
+        return prints | {f"policy:{name}": sampler.model.version for name, sampler in self._samplers.items()}
 
 
 class InThread:

@@ -12,7 +12,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from deliberation.types import InputError
-from serving.best_of_n import AsyncJudge, Draft, Judgement, Order
+from serving.best_of_n import Draft, Judgement, Order
 from serving.problems import Overloaded
 from serving.worker import Busy, Refusal
 
@@ -81,18 +81,22 @@ class RemoteServices:
 
     Args:
         policies: policy name -> its deployment.
-        reward: the preference model's.
+        rewards: name of the preference model -> its deployment.
     """
 
-    def __init__(self, policies: Mapping[str, DeploymentHandle], reward: DeploymentHandle):
-        self.policies = tuple(policies)
-        self._policies, self._reward = {name: _direct(handle) for name, handle in policies.items()}, _direct(reward)
-        self.judge: AsyncJudge = RemoteJudge(self._reward)
+    def __init__(self, policies: Mapping[str, DeploymentHandle], rewards: Mapping[str, DeploymentHandle]):
+        self.policies, self.preference_models = tuple(policies), tuple(rewards)
+        self._policies = {name: _direct(handle) for name, handle in policies.items()}
+        self._rewards = {name: _direct(handle) for name, handle in rewards.items()}
 
     def sampler(self, policy: str) -> RemoteSampler:
         return RemoteSampler(self._policies[policy])
 
+    def judge(self, preference_model: str) -> RemoteJudge:
+        return RemoteJudge(self._rewards[preference_model])
+
     async def versions(self) -> dict[str, str]:
-        handles = {"preference_model": self._reward, **{f"policy:{k}": v for k, v in self._policies.items()}}
+        handles = {f"preference_model:{name}": handle for name, handle in self._rewards.items()}
+        handles |= {f"policy:{name}": handle for name, handle in self._policies.items()}
         found = await asyncio.gather(*(call(handle.version) for handle in handles.values()))
         return dict(zip(handles, found, strict=True))

@@ -14,7 +14,7 @@ from serving.checks import (
     check_seed,
     check_welfare,
 )
-from serving.config import DEFAULT_POLICY
+from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL
 from serving.fields import Agreement, Schema, Text, group
 from serving.result import Consensus, WelfareUsed
 
@@ -66,6 +66,9 @@ class ConsensusRequest(Schema):
 
     policy: str = DEFAULT_POLICY
     """Name of the policy that writes the candidates; ``GET /v1/models`` lists the names."""
+
+    preference_model: str = DEFAULT_PREFERENCE_MODEL
+    """Name of the preference model that scores; ``GET /v1/models`` lists the names."""
 
     seed: Annotated[int, AfterValidator(check_seed)] | None = Field(
         default=None, json_schema_extra={"minimum": 0, "maximum": MAX_SEED}

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from serving.checks import MAX_CANDIDATES, MAX_WAITING_MEMBERS, check_welfare
+from serving.config import DEFAULT_PREFERENCE_MODEL
 from serving.fields import Schema, Text, rectangle, small_group, statements
 from serving.schemas import WelfareOut
 
@@ -30,6 +31,9 @@ class ScoreRequest(Schema):
         list[Text], AfterValidator(statements), Field(json_schema_extra={"minItems": 1, "maxItems": MAX_CANDIDATES})
     ]
     """What they are asked to agree with."""
+
+    preference_model: str = DEFAULT_PREFERENCE_MODEL
+    """Name of the preference model that scores; ``GET /v1/models`` lists the names."""
 
 
 class ScoreResponse(Schema):
@@ -88,8 +92,11 @@ class Models(Schema):
     policies: dict[str, str]
     """Name -> short SHA-256 of its weights."""
 
-    preference_model: str
-    """Short SHA-256 of the preference model's weights."""
+    default_preference_model: str
+    """Which preference model scores for a request that names none."""
+
+    preference_models: dict[str, str]
+    """Name -> short SHA-256 of its weights."""
 
 
 class Health(Schema):

@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 
 from deliberation.prompts import one_line
 from deliberation.types import InputError
-from serving.answering import Services
+from serving.answering import Services, check_models
 from serving.background import Background
 from serving.ballots import Ballots
 from serving.config import ServeConfig
@@ -74,12 +74,12 @@ class Hall:
         Raises:
             InputError: naming the field. ApiError: as ``Sessions.create``.
         """
-        if body.policy not in self.services.policies:
-            raise InputError("policy", body.policy, f"must be one of {', '.join(self.services.policies)}")
+        check_models(self.services, body.policy, body.preference_model)
         given = body.invite is not None
         invite = check_token("invite", str(body.invite), INVITE_PREFIX) if given else new_token(INVITE_PREFIX)
         settings = {
             "policy": body.policy,
+            "preference_model": body.preference_model,
             "n": self.defaults.num_candidates if body.n is None else body.n,
             "welfare": self.defaults.welfare if body.welfare is None else body.welfare,
             "seed": self.defaults.seed if body.seed is None else body.seed,

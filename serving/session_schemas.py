@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from serving.checks import MAX_CANDIDATES, MAX_SEED, check_count, check_seed, check_welfare
-from serving.config import DEFAULT_POLICY
+from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL
 from serving.fields import Schema, StoredText
 from serving.generation import SHOWN
 from serving.schemas import Problem
@@ -31,6 +31,9 @@ class NewDeliberation(Sent):
 
     policy: str = DEFAULT_POLICY
     """Name of the policy that writes the candidates; an experiment's arms have their own."""
+
+    preference_model: str = DEFAULT_PREFERENCE_MODEL
+    """Name of the preference model that scores them; an experiment's arms have their own."""
 
     n: Annotated[int, AfterValidator(check_count)] | None = Field(
         default=None, json_schema_extra={"minimum": 1, "maximum": MAX_CANDIDATES}

@@ -306,6 +306,7 @@ def _arm(trial: Trial, arm: Arm) -> ArmReport:
     return ArmReport(
         name=arm.name,
         policy=arm.policy,
+        preference_model=arm.preference_model,
         n=arm.n,
         welfare=arm.welfare,
         share=propensities(trial.spec)[arm.name],

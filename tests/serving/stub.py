@@ -21,19 +21,21 @@ class StubServices:
         gate: calls wait until it is set, where there is one.
     """
 
-    policies = ("default",)
+    policies = preference_models = ("default",)
 
     def __init__(self):
         self.calls, self.ended, self.failures, self.pause_s = 0, 0, [], 0.0
         self.gate: asyncio.Event | None = None
         self.judge_failures: list[Exception] = []
-        self.judge = _Judge(self)
 
     def sampler(self, policy):
         return _Sampler(self)
 
+    def judge(self, preference_model):
+        return _Judge(self)
+
     async def versions(self):
-        return {"preference_model": "sha256:judge", "policy:default": "sha256:policy"}
+        return {"preference_model:default": "sha256:judge", "policy:default": "sha256:policy"}
 
 
 class _Sampler:

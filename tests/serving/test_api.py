@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
@@ -49,7 +50,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def services(models):
-    return LocalServices(*models)
+    return LocalServices(models[0], {"default": models[1]})
 
 
 @pytest.fixture(scope="module")
@@ -288,10 +289,10 @@ def test_unknown_path_and_wrong_method(client):
 class Failing:
     """Services whose models fail in a given way."""
 
-    policies = ("default",)
+    policies = preference_models = ("default",)
 
     def __init__(self, error):
-        self.error, self.judge = error, self
+        self.error = error
 
     def sampler(self, policy):
         return self
@@ -301,7 +302,10 @@ class Failing:
             await asyncio.sleep(60)
         raise self.error
 
-    judge_, versions = sample, sample
+    def judge(self, preference_model):
+        return SimpleNamespace(judge=self.sample)
+
+    versions = sample
 
 
 def failing(config, error, **change):
@@ -324,7 +328,7 @@ def test_faults_are_problems_too(config, error, status):
 
 def test_models_are_named_with_their_versions(client, models):
     found = client.get("/v1/models").json()
-    assert found["default_policy"] == "default" and found["preference_model"] == models[1].version
+    assert found["default_policy"] == "default" and found["preference_models"] == {"default": models[1].version}
     assert found["policies"] == {name: sampler.version for name, sampler in models[0].items()}
 
 

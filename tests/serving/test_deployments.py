@@ -287,7 +287,9 @@ def test_served_answer_is_the_librarys_candidate_for_candidate_and_score_for_sco
         assert problem["errors"][0]["field"] == "opinions[0]"
         assert ask(url, "/nowhere")[0] == 404
         models = ask(url, "/v1/models")[2]
-        assert set(models["policies"]) == {"default", "other"} and models["preference_model"] == judge.version
+        assert set(models["policies"]) == {"default", "other"} and models["preference_models"] == {
+            "default": judge.version
+        }
         serve.run(Neighbour.bind(), name="neighbour", route_prefix="/neighbour")
     assert ray.is_initialized() and set(serve.status().applications) == {"neighbour"}  # they were not ours to stop
     serve.shutdown()

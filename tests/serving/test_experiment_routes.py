@@ -56,7 +56,7 @@ def bearer(token):
 
 def test_an_experiment_is_made_once_with_the_versions_of_its_models(client):
     made = begun(client)
-    assert made["versions"] == {"preference_model": "sha256:judge", "policy:default": "sha256:policy"}
+    assert made["versions"] == {"preference_model:default": "sha256:judge", "policy:default": "sha256:policy"}
     assert (made["mode"], made["metric"], made["alpha"], made["minimum"], made["maximum"]) == (
         "paired", "agreement", 0.05, 5, 400,
     )  # fmt: skip

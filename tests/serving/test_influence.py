@@ -210,7 +210,7 @@ def test_influence_on_models_is_what_the_definition_says(models):
 
 
 def test_the_services_path_gives_the_same(models):
-    services, metrics = LocalServices({"default": models[0]}, models[1]), ProcessMetrics()
+    services, metrics = LocalServices({"default": models[0]}, {"default": models[1]}), ProcessMetrics()
     plan = make_plan("Should tea be free?", ["Yes.", "No.", "Green."], n=3, welfare="nash", seed=1, influence=True)
 
     async def work():
