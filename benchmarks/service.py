@@ -66,7 +66,7 @@ class NoPolicy:
         return "none"
 
 
-@serve.deployment(name="Reward", max_ongoing_requests=64, ray_actor_options={"num_cpus": 0.1}, **OPTIONS)
+@serve.deployment(name="Reward-default", max_ongoing_requests=64, ray_actor_options={"num_cpus": 0.1}, **OPTIONS)
 class NoReward:
     """A preference model to whom every statement is the same."""
 
@@ -90,7 +90,7 @@ def overhead(database: str, requests: int, rate: float) -> dict[str, Any]:
         os.environ.setdefault(name, value)
     with local_ray():
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
-        application = Api.bind({"default": NoPolicy.bind()}, NoReward.bind(), config)  # type: ignore[attr-defined]
+        application = Api.bind({"default": NoPolicy.bind()}, {"default": NoReward.bind()}, config)  # type: ignore[attr-defined]
         serve.run(application, name="overhead", route_prefix="/")
         with httpx.Client(base_url=f"http://127.0.0.1:{config.port}", trust_env=False, timeout=60) as http:
             for k in range(20):

@@ -66,7 +66,7 @@ def generation_mode(model: PreTrainedModel) -> Iterator[None]:
     if attention not in ("sdpa", "eager"):  # flash kernels take no 4D mask
         model.set_attn_implementation("sdpa")
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             yield
     finally:
         if attention not in ("sdpa", "eager"):

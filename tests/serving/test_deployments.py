@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shlex
 import signal
 import socket
@@ -19,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from otlp import receiving
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 from ray.serve.config import HTTPOptions
@@ -135,7 +137,7 @@ def test_build_takes_a_file_of_keys_and_others_over_it(folders, tmp_path, monkey
 def test_all_replicas_fit_two_cores_and_one_gpu_while_they_are_replaced(folders):
     for device, gpus in (("cpu", 0), ("cuda", 1)):
         found = deployments(build(configuration(folders, device=device, policies=[])))
-        assert set(found) == {"Api", "Reward", "Policy-default"}
+        assert set(found) == {"Api", "Reward-default", "Policy-default"}
         cpus = gpu_share = 0.0
         for name, deployment in found.items():
             config = deployment._deployment_config
@@ -149,10 +151,10 @@ def test_all_replicas_fit_two_cores_and_one_gpu_while_they_are_replaced(folders)
 def test_every_queue_has_an_end_and_every_model_its_range(folders):
     config = configuration(folders, min_replicas=2, max_replicas=3, max_queued_requests=5, request_timeout_s=40)
     found = deployments(build(config))
-    assert set(found) == {"Api", "Reward", "Policy-default", "Policy-other"}
+    assert set(found) == {"Api", "Reward-default", "Policy-default", "Policy-other"}
     assert found["Api"].num_replicas == config.api_replicas and 0 < found["Api"].max_queued_requests < 1000
     assert found["Api"].backpressure_config.status_code == 429
-    for name in ("Reward", "Policy-default", "Policy-other"):
+    for name in ("Reward-default", "Policy-default", "Policy-other"):
         scaling = found[name]._deployment_config.autoscaling_config
         assert (scaling.min_replicas, scaling.max_replicas) == (2, 3)
         assert found[name].max_queued_requests == 5
@@ -314,8 +316,14 @@ def test_the_deploy_file_deploys(ray_cluster, tmp_path):
         serve.delete("consensus")
 
 
+@pytest.fixture
+def receiver():
+    with receiving() as found:
+        yield found
+
+
 @pytest.mark.slow
-def test_serve_runs_until_interrupted_and_leaves_nothing(folders, tmp_path):
+def test_serve_runs_until_interrupted_and_leaves_nothing(folders, tmp_path, receiver):
     temporary = tmp_path / "t"
     temporary.mkdir()
     short = Path("/tmp") / f"s{os.getpid()}"  # Ray's socket names must be short
@@ -323,6 +331,7 @@ def test_serve_runs_until_interrupted_and_leaves_nothing(folders, tmp_path):
     config = configuration(folders)
     code = f"from serving.deployments import ServeConfig, main; main(ServeConfig(**{asdict(config)!r}))"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(short), "HOME": str(tmp_path)}
+    environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = receiver.url
     del environment["RAY_AUTH_MODE"]  # the service must settle it by itself
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -337,6 +346,8 @@ def test_serve_runs_until_interrupted_and_leaves_nothing(folders, tmp_path):
         line = next(line for line in process.stdout if line.startswith("Serving on "))
         url = line.split()[2]
         assert ask(url, body={**REQUEST, "n": 2})[0] == 200
+        counts = tokens_counted(url)
+        assert counts["prompt"] > counts["completion"] > 0
         kill_proxy(process.pid)
         assert seconds_until_back(url) < 15  # it would be half a minute with Ray's own settings
         process.send_signal(signal.SIGINT)
@@ -353,6 +364,20 @@ def test_serve_runs_until_interrupted_and_leaves_nothing(folders, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not (tmp_path / ".ray").exists()  # no token left in the home folder
+    assert {span.name for span in receiver.spans()} == {"POST /v1/consensus", "sample", "judge", "choose"}
+
+
+def tokens_counted(url):
+    """What ``/metrics`` says of tokens, as soon as Ray has gathered it."""
+    opener, deadline = urllib.request.build_opener(urllib.request.ProxyHandler({})), time.monotonic() + 60
+    while True:
+        with opener.open(f"{url}/metrics", timeout=60) as response:
+            text = response.read().decode()
+        found = re.findall(r"^ray_consensus_(\w+)_tokens_total{.*} ([\d.]+)$", text, re.MULTILINE)
+        if len(found) == 2:
+            return {kind: float(value) for kind, value in found}
+        assert time.monotonic() < deadline
+        time.sleep(1)
 
 
 def kill_proxy(pid):

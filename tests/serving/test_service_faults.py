@@ -95,7 +95,7 @@ def test_an_answer_is_the_same_after_a_restart_on_two_replicas_and_in_a_crowd(se
 
 def test_a_killed_policy_or_preference_model_costs_no_request_at_all(service):
     url, _ = service
-    result = kills(url, 10.0, every_s=3.0, kinds=("Policy-default", "Reward"))
+    result = kills(url, 10.0, every_s=3.0, kinds=("Policy-default", "Reward-default"))
     assert sum(result["killed"].values()) >= 2
     for traffic in (result["raw"], result["client"]):
         assert traffic["requests"] > 5 and traffic["failed"] == 0, result
