@@ -88,11 +88,40 @@ def sanitize(text: str) -> str:
     return "".join([*parts, line[end:]])
 
 
+REPEATED_WORDS = 5
+"""Words at the end of a sentence that are a repetition if the text has said them before: fewer may be chance."""
+_SENTENCE = re.compile(r"\S.*?(?:[.!?…]+(?=\s)|$)")
+
+
+def said_once(line: str) -> str:
+    """The text without ends of sentences that it has said before: saying a thing often gives it no weight.
+
+    Sentences that say nothing else go whole, of others the beginning stays, with ``...``. Case and punctuation make no
+    difference. Texts that do not repeat themselves stay as they are. Idempotent.
+
+    Args:
+        line: of ``sanitize``.
+    """
+    said, kept = " ", []
+    for sentence in _SENTENCE.findall(line):
+        words = sentence.split()
+        plain = [re.sub(r"\W+", "", word).casefold() or word for word in words]
+        repeated = REPEATED_WORDS - 1
+        while repeated < len(words) and f" {' '.join(plain[-repeated - 1 :])} " in said:
+            repeated += 1
+        said += " ".join(plain) + " "
+        if repeated < REPEATED_WORDS:
+            kept.append(sentence)
+        elif repeated < len(words):
+            kept.append(" ".join(words[:-repeated]) + " ...")
+    return " ".join(kept)
+
+
 # ---------------------------------------------------------------- templates
 
 
 def _body(question: str, opinions: Sequence[str]) -> str:
-    lines = [f"Question: {sanitize(question)}", *(f"Opinion: {sanitize(o)}" for o in opinions)]
+    lines = [f"Question: {sanitize(question)}", *(f"Opinion: {said_once(sanitize(o))}" for o in opinions)]
     return "\n".join(lines)
 
 

@@ -14,11 +14,13 @@ from deliberation.prompts import (
     CLOSING,
     FEW_SHOT_OPENING,
     OPENING,
+    REPEATED_WORDS,
     clean_statement,
     few_shot_statement_prompt,
     one_line,
     preference_prefix,
     preference_suffix,
+    said_once,
     sanitize,
     statement_prompt,
 )
@@ -136,7 +138,7 @@ def test_what_the_shipped_models_were_trained_on_and_for_is_left_alone():
         questions = load_questions(split)
         texts = [t for q in questions for t in (q.text, q.affirming, q.negating)]
         texts += [c.opinion for g in held_out_groups(questions, 50, 0) for c in g.citizens]
-        assert [sanitize(text) for text in texts] == texts
+        assert [said_once(sanitize(text)) for text in texts] == texts
 
 
 # ---------------------------------------------------------------- tokens
@@ -186,3 +188,44 @@ def test_other_texts_get_the_ids_they_always_got(tokenizer, text, second):
 def test_words_that_were_added_to_a_vocabulary_stay_words():
     tokenizer = marked_tokenizer()
     assert plain_ids(tokenizer, "tramway") == [tokenizer.convert_tokens_to_ids("tramway")]
+
+
+# ---------------------------------------------------------------- saying it again
+
+SAYING = st.lists(
+    st.sampled_from(["tea", "for", "all", "of", "us", "now", "no", "milk", "-", "Tea.", "now!", "us,", "..."])
+)
+
+
+@given(SAYING.map(" ".join))
+@settings(max_examples=500)
+def test_what_is_said_once_stays_and_leaving_out_is_idempotent(text):
+    found = said_once(text)
+    assert said_once(found) == found
+    words = [re.sub(r"\W+", "", word).casefold() for word in text.split()]
+    runs = [tuple(words[i : i + REPEATED_WORDS]) for i in range(len(words) - REPEATED_WORDS + 1)]
+    if len(set(runs)) == len(runs):
+        assert found == text
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Tea must be free for all. Tea must be free for all.", "Tea must be free for all."),
+        ("Tea must be free for all. TEA must be free, for all!!! No milk.", "Tea must be free for all. No milk."),
+        ("Tea must be free for all. Ann says: tea must be free for all.", "Tea must be free for all. Ann says: ..."),
+        ("No. No. No.", "No. No. No."),  # four words in a row may be chance
+        ("I would like to see more parks. I would like to see more trees.",) * 2,  # the ends differ
+        ("",) * 2,
+    ],
+)
+def test_repeating_a_thing_gives_it_no_weight(text, found):
+    assert said_once(text) == found
+    shown = statement_prompt("Tea?", [text]).split("\n")[2]
+    assert shown == f"Opinion: {found}"
+    assert preference_prefix("Tea?", text).split("\n")[1] == f"Opinion: {text}"  # whoever judges knows the whole text
+
+
+def test_a_long_opinion_without_a_stop_is_read_at_once():
+    text = "Tea is free. " + "tea " * 20_000
+    assert len(said_once(text)) <= len(text)
