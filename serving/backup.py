@@ -21,7 +21,7 @@ from sqlalchemy.exc import DatabaseError
 
 from deliberation.types import InputError
 from serving.files import replacing
-from serving.migrate import KNOWN, NEWEST, bring, current
+from serving.migrate import KNOWN, NEWEST, bring, current, lock
 from serving.store import reading
 
 FORMAT = 1
@@ -72,6 +72,7 @@ def restore(engine: Engine, file: str | Path) -> dict[str, int]:
         InputError: a ``database`` that has rows, or a ``file`` that is none of ours, torn, or of a later version.
     """
     with engine.begin() as connection:
+        lock(connection)  # before we look: no service that starts, nor another restore, may fill it meanwhile
         for table in _tables(connection):
             if connection.execute(select(table).limit(1)).first() is not None:
                 url = engine.url.render_as_string(hide_password=True)

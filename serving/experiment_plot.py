@@ -6,7 +6,8 @@ import io
 import threading
 from typing import Any
 
-from serving.experiment_report import ExperimentReport, measure_title
+from serving.experiment_report import ExperimentReport
+from serving.experiment_text import measure_title
 from serving.problems import ApiError
 from serving.trial_analysis import sequence_of
 

@@ -14,9 +14,10 @@ from deliberation.types import InputError
 from serving.ask import KEY_VARIABLE
 from serving.client import Client, ServiceError
 from serving.experiment_plot import figure_of
-from serving.experiment_report import ExperimentReport, render
+from serving.experiment_report import ExperimentReport
 from serving.experiment_routes import PATH
 from serving.experiment_schemas import ExperimentOut, Experiments
+from serving.experiment_text import render
 from serving.problems import ApiError
 
 ACTIONS = ("create", "status", "stop", "report")

@@ -14,9 +14,9 @@ from deliberation.types import InputError
 STEPS = Path(__file__).parent / "migrations"
 BASELINE = "0001"
 """The tables of 0.1.0, which were made without Alembic."""
-NEWEST = "0002"
+NEWEST = "0003"
 """The tables of this version; those of ``serving.tables``."""
-KNOWN = (BASELINE, NEWEST)
+KNOWN = (BASELINE, "0002", NEWEST)
 """All revisions, the oldest first."""
 _LOCK = 7021_4821
 """PostgreSQL's advisory lock: several API processes start at once, one of them migrates."""
@@ -26,9 +26,10 @@ def migrate(engine: Engine, revision: str = NEWEST) -> None:
     """Bring the tables to ``revision``, up or down, all or nothing.
 
     Raises:
-        InputError: field ``database``, if nothing answers there, or it has a revision that this version does not know.
+        InputError: field ``database``, if nothing answers there, it has a revision that this version does not know, or
+            rows that the tables of this version do not allow.
     """
-    with answering(engine), engine.begin() as connection:  # in SQLite a writer's lock, so only one process migrates
+    with answering(engine), engine.begin() as connection:
         bring(connection, revision)
 
 
@@ -53,11 +54,19 @@ def bring(connection: Connection, revision: str) -> None:
     Raises:
         InputError: as ``current``.
     """
-    if connection.dialect.name == "postgresql":
-        connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
+    lock(connection)
     found = current(connection)
     if found != revision:
         _run(connection, found, revision)
+
+
+def lock(connection: Connection) -> None:
+    """Wait until no other process migrates or restores; none does until the end of the transaction.
+
+    In SQLite the transaction itself is a writer's lock.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
 
 
 def current(connection: Connection) -> str | None:

@@ -136,6 +136,11 @@ class Participant:
         self._version = me.version
         return me
 
+    def consent(self, yes: bool) -> Me:
+        """Let training have what this member said and will say, or not."""
+        response = self._client.send("PATCH", f"{self._path}/me", json={"consent": yes})
+        return Me.model_validate_json(response.content)
+
     def write(self, text: str) -> int:
         """Write an opinion over the version last seen; returns the new version."""
         headers = {"If-Match": f'"{self._version}"'}

@@ -134,6 +134,13 @@ class Joined(Schema):
     """Send it as ``Authorization: Bearer``. It is not shown again."""
 
 
+class ChangeMe(Sent):
+    """What a member changes of themselves."""
+
+    consent: bool
+    """Whether opinion and ratings, those given before too, may be exported to train models."""
+
+
 class WriteOpinion(Sent):
     """A member's opinion."""
 

@@ -200,6 +200,11 @@ class Sessions:
             newest = connection.execute(_versions(member).limit(1)).first()
         return (row, 0, None) if newest is None else (row, newest.version, newest.text)
 
+    def set_consent(self, member: Member, consent: bool) -> None:
+        """Let training have what the member said and will say, or not; exports follow at once."""
+        with self.engine.begin() as connection:
+            connection.execute(update(members).where(members.c.id == member.id).values(consent=consent))
+
     def write_opinion(self, member: Member, text: str, expected: int | None) -> int:
         """Keep a new version of the member's opinion; an equal text is not a new one.
 

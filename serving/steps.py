@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -84,14 +85,44 @@ def begin(step: Step, folder: Path) -> None:
 def run_here(step: Step, lock: int) -> None:
     """Run the command as a process that holds the lock too: if we die, nobody begins beside it.
 
+    SIGTERM is passed on, and its end waited for: PPO writes a checkpoint first.
+
     Raises:
-        SystemExit: with the command's exit code, if it is not 0; the command has said why.
+        SystemExit: with the command's exit code, if it is not 0 (of a signal's, 128 and its number); the command has
+            said why.
     """
-    command = [sys.executable, "-m", "cli", step.stage, *step.arguments]
-    code = subprocess.run(command, pass_fds=[lock], check=False).returncode
+    code = _run([sys.executable, "-m", "cli", step.stage, *step.arguments], lock)
     if code:
+        code = code if code > 0 else 128 - code
         print(f"{step.stage} ended with exit code {code}; the same command goes on from here", file=sys.stderr)
         raise SystemExit(code)
+
+
+def _run(command: list[str], lock: int) -> int:
+    """The command's return code, not 0 once SIGTERM came; in the main thread, where signals arrive."""
+    process: subprocess.Popen | None = None
+    asked = False
+
+    def pass_on(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        if process is not None:
+            process.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        process = subprocess.Popen(command, pass_fds=[lock])
+        if asked:  # it came while the process was being started
+            process.terminate()
+        code = process.wait()
+    except BaseException:
+        if process is not None:
+            process.kill()
+            process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return code or (-signal.SIGTERM if asked else 0)
 
 
 def job_of(step: Step, cluster: Cluster) -> dict[str, Any]:

@@ -95,6 +95,7 @@ experiments = Table(
     _created(),
     Column("stopped", Float),
     Column("verdict", Text),  # JSON of the report it was stopped with
+    Index("uq_experiments_owner_name", "owner", "name", unique=True),  # no constraint: SQLite cannot add one in place
 )
 
 deliberations = Table(

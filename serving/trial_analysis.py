@@ -14,13 +14,8 @@ import numpy as np
 
 from evaluation.experiment_checks import (
     FixedHorizon,
-    RatioCheck,
-    SignCheck,
     fixed_horizon,
     holm,
-    missing_ratings,
-    order_bias,
-    sample_ratio,
 )
 from evaluation.experiment_measures import (
     Numbers,
@@ -40,18 +35,16 @@ from evaluation.sequences import (
     difference_sequence,
     win_rate_sequence,
 )
+from serving.check_report import finite
 from serving.experiment_report import (
     UNDECIDED,
-    ArmReport,
     Contrast,
     ExperimentReport,
     FixedReport,
     MeasureReport,
     PathReport,
-    RatioReport,
-    SignReport,
 )
-from serving.experiments import Arm, propensities
+from serving.trial_checks import arm_of, missing_of, order_of, ratio_of, warnings_of
 from serving.trial_data import Held, Trial
 
 Array = np.ndarray
@@ -76,8 +69,8 @@ def analyse(trial: Trial, stopped: float | None = None) -> ExperimentReport:
     contrasts = () if hidden else tuple(_contrasts(trial))
     decision = overall(spec.names, contrasts)
     paired_up = trial.closed if spec.mode == "paired" and not hidden else None
-    order = None if paired_up is None else _sign(_order(trial, paired_up))
-    missing = None if paired_up is None else _sign(_missing(trial, paired_up))
+    order = None if paired_up is None else order_of(trial, paired_up)
+    missing = None if paired_up is None else missing_of(trial, paired_up)
     return ExperimentReport(
         experiment=trial.id,
         name=trial.name,
@@ -93,11 +86,11 @@ def analyse(trial: Trial, stopped: float | None = None) -> ExperimentReport:
         finished=bool(contrasts) and (decision != UNDECIDED or all(c.finished for c in contrasts)),
         hidden=hidden,
         ratio=ratio,
-        arms=tuple(_arm(trial, arm) for arm in spec.arms),
+        arms=tuple(arm_of(trial, arm) for arm in spec.arms),
         contrasts=contrasts,
         order=order,
         missing=missing,
-        warnings=tuple(_warnings(trial, contrasts, order, missing)),
+        warnings=tuple(warnings_of(trial, contrasts, order, missing)),
     )
 
 
@@ -228,110 +221,18 @@ def _measure(name: Any, sequence: ConfidenceSequence | None, undefined: int, p: 
     if sequence is None:
         return MeasureReport(name, 0, undefined, None, None, None, null, None, None)
     e_value = math.exp(min(float(sequence.log_e[-1]), math.log(MOST_E)))
-    mean, low, high = (_finite(bound[-1]) for bound in (sequence.mean, sequence.low, sequence.high))
-    return MeasureReport(name, len(sequence.mean), undefined, mean, low, high, null, e_value, _finite(p))
+    mean, low, high = (finite(bound[-1]) for bound in (sequence.mean, sequence.low, sequence.high))
+    return MeasureReport(name, len(sequence.mean), undefined, mean, low, high, null, e_value, finite(p))
 
 
 def _path(sequence: ConfidenceSequence | None) -> PathReport:
     if sequence is None:
         return PathReport((), (), (), ())
-    low, high = (tuple(map(_finite, bound)) for bound in (sequence.low, sequence.high))
+    low, high = (tuple(map(finite, bound)) for bound in (sequence.low, sequence.high))
     return PathReport(tuple(map(float, sequence.mean)), low, high, tuple(map(float, sequence.log_e)))
 
 
 def _fixed(found: FixedHorizon) -> FixedReport:
     estimate = found.estimate
     method: Any = found.method
-    return FixedReport(method, _finite(estimate.value), _finite(estimate.low), _finite(estimate.high))
-
-
-# --- checks ---------------------------------------------------------------------------------------------------------
-
-
-def ratio_of(trial: Trial) -> RatioReport:
-    """Between: exposed deliberations by arm. Paired: which arm was first for the members who rated."""
-    names = trial.spec.names
-    if trial.spec.mode == "between":
-        shares = list(propensities(trial.spec).values())
-        counts = [sum(held.seen and name in held.written for held in trial.held) for name in names]
-        return _ratio("deliberations exposed, by arm", names, sample_ratio(counts, shares))
-    firsts = [first for held in trial.held for first, rated in zip(*_first_and_rated(names, held)) if rated]
-    counts = [firsts.count(True), firsts.count(False)]
-    return _ratio("members who saw the arm first", names, sample_ratio(counts))
-
-
-def _ratio(what: Any, names: Sequence[str], found: RatioCheck) -> RatioReport:
-    counts, expected = dict(zip(names, found.counts)), dict(zip(names, found.expected))
-    return RatioReport(what, counts, expected, found.p_value, found.alert)
-
-
-def _two_texts(names: Sequence[str], held: Held) -> bool:
-    return len({held.written.get(name) for name in names} - {None}) == 2
-
-
-def _first_and_rated(names: Sequence[str], held: Held) -> tuple[list[bool], list[bool]]:
-    """For each member: was the first arm's statement above the other's, and did they rate either of them?"""
-    if not _two_texts(names, held):
-        return [], []
-    a, b = (held.written[name] for name in names)
-    rated = ~(np.isnan(held.agreement[a]) & np.isnan(held.agreement[b]))
-    return [order.index(a) < order.index(b) for order in held.orders], rated.tolist()
-
-
-def _order(trial: Trial, closed: Sequence[Held]) -> SignCheck:
-    first, second = [], []
-    for held in (held for held in closed if _two_texts(trial.spec.names, held)):
-        a, b = (held.agreement[held.written[name]] for name in trial.spec.names)
-        above = np.array(_first_and_rated(trial.spec.names, held)[0], dtype=bool)
-        first.append(np.where(above, a, b))
-        second.append(np.where(above, b, a))
-    return order_bias(first, second)
-
-
-def _missing(trial: Trial, closed: Sequence[Held]) -> SignCheck:
-    one, other = ([held.agreement[held.written[name]] for held in closed] for name in trial.spec.names)
-    return missing_ratings(one, other)
-
-
-def _sign(found: SignCheck) -> SignReport:
-    return SignReport(found.positive, found.negative, found.ties, found.p_value, found.alert)
-
-
-def _arm(trial: Trial, arm: Arm) -> ArmReport:
-    written = [held for held in trial.held if arm.name in held.written]
-    seconds = [held.seconds[arm.name] for held in written]
-    p50, p95 = np.percentile(seconds, [50, 95]) if seconds else (math.nan, math.nan)
-    marks = [held.agreement[held.written[arm.name]] for held in written if held.closed is not None]
-    gone = np.isnan(np.concatenate(marks)) if marks else np.array([])
-    return ArmReport(
-        name=arm.name,
-        policy=arm.policy,
-        preference_model=arm.preference_model,
-        n=arm.n,
-        welfare=arm.welfare,
-        share=propensities(trial.spec)[arm.name],
-        exposed=sum(held.seen for held in written),
-        seconds_p50=_finite(p50),
-        seconds_p95=_finite(p95),
-        failures=dict(trial.failures.get(arm.name, {})),
-        missing=float(gone.mean()) if len(gone) else None,
-    )
-
-
-def _warnings(
-    trial: Trial, contrasts: Sequence[Contrast], order: SignReport | None, missing: SignReport | None
-) -> Iterable[str]:
-    for contrast in contrasts:
-        if contrast.broken:
-            yield f"{contrast.a} against {contrast.b}: no mean fits all deliberations; they do not share one"
-    if order is not None and order.alert:
-        yield "the place in the list matters: one place wins more often, whatever stands there"
-    if missing is not None and missing.alert:
-        yield "members leave out more ratings of one arm than of the other"
-    for name, prints in trial.versions.items():
-        if len(prints) > 1:
-            yield f"{len(prints)} versions of the models wrote for {name}: the arm changed on the way"
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return FixedReport(method, finite(estimate.value), finite(estimate.low), finite(estimate.high))

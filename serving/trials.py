@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, Select, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
 from deliberation.types import InputError
 from serving.checks import check_readable
-from serving.experiment_report import ExperimentReport, render
+from serving.experiment_report import ExperimentReport
+from serving.experiment_text import render
 from serving.experiments import Arm, Spec, assign
 from serving.problems import ApiError
 from serving.store import new_id, reading
@@ -63,20 +65,21 @@ def create(engine: Engine, owner: str, name: str, spec: Spec) -> str:
     check_readable("name", name)
     if len(name) > MAX_NAME_CHARS:
         raise InputError("name", name, f"must have at most {MAX_NAME_CHARS} characters")
-    same = (experiments.c.owner == owner) & (experiments.c.name == name)
-    with engine.begin() as connection:
-        found = connection.execute(select(experiments).where(same)).first()
-        if found is not None:
-            if found.spec != spec.to_json() or found.stopped is not None:
-                mend = "is the name of another experiment; what is fixed stays fixed, so give a new name"
-                raise InputError("name", name, mend)
-            return str(found.id)
-        row = {
-            "id": new_id("exp"), "owner": owner, "name": name, "spec": spec.to_json(),
-            "salt": secrets.token_hex(32), "created": time.time(),
-        }  # fmt: skip
-        connection.execute(insert(experiments).values(row))
-    return str(row["id"])
+    row = {
+        "id": new_id("exp"), "owner": owner, "name": name, "spec": spec.to_json(), "salt": secrets.token_hex(32),
+        "created": time.time(),
+    }  # fmt: skip
+    try:
+        with engine.begin() as connection:
+            connection.execute(insert(experiments).values(row))
+        return str(row["id"])
+    except IntegrityError:  # the owner has one of this name
+        same = (experiments.c.owner == owner) & (experiments.c.name == name)
+        with reading(engine) as connection:
+            found = connection.execute(select(experiments).where(same)).one()
+    if found.spec != spec.to_json() or found.stopped is not None:
+        raise InputError("name", name, "is another experiment's name; what is fixed stays fixed, so give a new name")
+    return str(found.id)
 
 
 def get(engine: Engine, experiment_id: str, owner: str | None) -> Experiment:

@@ -7,6 +7,8 @@ import json
 import os
 import sqlite3
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from threading import Barrier
 
 import pytest
 from rows import ADDED, RELEASED, fill, held
@@ -15,7 +17,7 @@ from sqlalchemy import delete, insert, select
 import cli
 from deliberation.types import InputError
 from serving.backup import backup, check, restore, snapshot
-from serving.migrate import BASELINE, NEWEST, migrate
+from serving.migrate import BASELINE, NEWEST, bring, migrate
 from serving.store import connect, open_store
 from serving.tables import api_keys, ratings
 
@@ -92,6 +94,41 @@ def test_a_database_with_rows_is_left_alone(full, file, target_url):
     assert caught.value.field == "database" and held(target) == before
 
 
+def test_a_restore_waits_for_a_service_that_starts_and_sees_what_it_wrote(full, file, target_url):
+    backup(full, file)
+    service, target = connect(target_url), connect(target_url)
+    with ThreadPoolExecutor(1) as pool:
+        with service.begin() as connection:  # the tables are being made, and get a row
+            bring(connection, NEWEST)
+            connection.execute(insert(api_keys), RELEASED["api_keys"][0] | {"id": "key_9", "digest": "d9"})
+            restored = pool.submit(restore, target, file)
+            with pytest.raises(TimeoutError):
+                restored.result(timeout=1)
+        with pytest.raises(InputError, match="has rows") as caught:
+            restored.result(timeout=60)
+    assert caught.value.field == "database"
+    assert [row["id"] for row in held(target)["api_keys"]] == ["key_9"]
+
+
+def test_of_two_restores_at_once_one_is_refused(full, file, target_url):
+    backup(full, file)
+    gate = Barrier(2)
+
+    def once(_):
+        target = connect(target_url)
+        with target.connect():
+            gate.wait(timeout=60)
+        try:
+            return restore(target, file)
+        except InputError as error:
+            return error.field
+
+    with ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(once, range(2)))
+    assert told in ([COUNTS, "database"], ["database", COUNTS])
+    assert held(connect(target_url)) == held(full)
+
+
 def cut(data):
     return data[: len(data) // 2]
 
@@ -115,7 +152,7 @@ def with_more(data):
 
 
 def of_a_later_version(data):
-    return gzip.compress(gzip.decompress(data).replace(b'"0002"', b'"0099"'))
+    return gzip.compress(gzip.decompress(data).replace(NEWEST.encode(), b"0099"))
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from random import Random
 
@@ -17,6 +20,8 @@ from deliberation.citizens import draw_group
 from deliberation.datasets import read_table
 from deliberation.questions import load_questions
 from deliberation.types import InputError
+from rl.checkpoints import PREEMPTED
+from rl.logs import LOG_FILE, read_log
 from serving import cycle, cycle_data, new_arm
 from serving.ballots import Ballots
 from serving.citizen_members import deliberate, rating
@@ -290,13 +295,13 @@ def test_a_service_that_does_not_answer_is_named(tmp_path):
 # ---------------------------------------------------------------- the circle
 
 
-def write_configs(folder: Path) -> dict[str, str]:
+def write_configs(folder: Path, **ppo: object) -> dict[str, str]:
     """Configs of trainings that take seconds."""
     embedded = ROOT / "configs" / "embedded"
     small = {
         "preference": {"per_device_train_batch_size": 4},
         "ppo": {"max_steps": 2, "eval_steps": 1, "save_steps": 1, "num_prompts": 2, "num_generations": 4,
-                "num_mini_batches": 1, "max_completion_length": 24, "reward_actors": 0},
+                "num_mini_batches": 1, "max_completion_length": 24, "reward_actors": 0} | ppo,
     }  # fmt: skip
     for stage, keys in small.items():
         whole = yaml.safe_load((embedded / f"{stage}.yaml").read_text()) | keys
@@ -373,6 +378,67 @@ def what_was_exported(out: Path) -> set[tuple]:
     rows = [row for name in (cycle_data.RATINGS, cycle_data.EVAL_RATINGS) for row in read_table(out / name, columns)]
     assert len({tuple(row[c] for c in columns) for row in rows}) == len(rows)
     return {tuple(row[c] for c in columns) for row in rows}
+
+
+def until(process, met):
+    """Wait for something that the process does."""
+    deadline = time.monotonic() + 120
+    while not met():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_training_and_the_same_command_goes_on(tmp_path, sqlite_url):
+    engine, out = open_store(sqlite_url), tmp_path / "run"
+    names = [held(engine, stage_inputs.OPINIONS, (True, True, True)) for _ in range(8)]
+    stage_inputs.save_policy(tmp_path / "policy")
+    judge = stage_inputs.save_preference_model(tmp_path / "judge")
+    configs = write_configs(tmp_path, max_steps=30, save_steps=100, eval_steps=100)
+    preference = Path(configs["preference_config"])
+    preference.write_text(preference.read_text() + f"\nmodel_name_or_path: {judge}\n")
+    keys = dict(database=sqlite_url, output_dir=out, policy=tmp_path / "policy", min_ratings=4,
+                eval_share=fitting_share(names), **configs)  # fmt: skip
+    words = [sys.executable, "-m", "cli", "cycle", *(word for key in keys for word in (f"--{key}", str(keys[key])))]
+    log = out / "ppo" / LOG_FILE
+
+    def steps():
+        return [line["step"] for line in read_log(log)] if log.exists() else []
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    first = subprocess.Popen(words, **pipes)
+    until(first, lambda: 2 in steps())
+    first.send_signal(signal.SIGTERM)  # to it alone, as a supervisor does
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == PREEMPTED and "goes on from here" in said, said
+    (checkpoint,) = (out / "ppo").glob("checkpoint-*")  # save_steps is never reached: the signal's
+    assert recorded(engine, kind="preference") and not recorded(engine, kind="ppo")
+    with alone(out):  # the training is over too
+        before, done = log.read_text(), max(steps())
+    assert f"checkpoint-{done}" == checkpoint.name and done < 30
+    again = subprocess.run(words, timeout=120, check=False, **pipes)
+    assert again.returncode == 0, again.stdout
+    assert [made.kind for made in made_by(engine, out)] == ["export", "preference", "ppo"]
+    assert log.read_text().startswith(before) and set(steps()) - {0} == set(range(1, 31))
+
+
+@pytest.mark.parametrize("heed", ["", "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "])
+def test_a_training_that_dies_of_the_signal_gives_a_shells_exit_code(tmp_path, heed):
+    """It may not listen yet, or be at its end: the next step is not begun, and nothing of it is left behind."""
+    code = (
+        "import sys, pathlib; from serving.steps import Step, alone, run_here\n"
+        "with alone(pathlib.Path(sys.argv[1])) as lock: run_here(Step('sft', ('--help',), 'lin_1'), lock)"
+    )
+    (tmp_path / "cli.py").write_text(f"{heed}import time; print('up', flush=True); time.sleep(60)")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout.readline() == "up\n"
+    parent.terminate()
+    assert parent.wait(timeout=30) == 128 + signal.SIGTERM
+    with alone(tmp_path / "run"):
+        pass
 
 
 @pytest.mark.slow

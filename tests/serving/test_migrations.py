@@ -21,7 +21,7 @@ from serving.store import connect, open_store
 from serving.tables import metadata
 
 RELEASED_SQL = (Path(__file__).parent / "released.sql").read_text()
-ROWS = {"0001": RELEASED, "0002": RELEASED | ADDED}
+ROWS = {"0001": RELEASED, "0002": RELEASED | ADDED, "0003": RELEASED | ADDED}
 """Revision -> rows for each of its tables."""
 
 
@@ -158,6 +158,26 @@ def test_a_step_that_fails_changes_nothing(store_url):
     with pytest.raises(Exception, match="lineage"):
         open_store(store_url)
     assert shape(engine) == before and held(engine) == rows
+
+
+def test_two_experiments_of_one_name_are_named_and_left_as_they_are(store_url, capsys):
+    """0003 allows an owner one of each name; which of the two keeps it, people must say."""
+    engine = connect(store_url)
+    migrate(engine, "0002")
+    fill(engine, RELEASED | ADDED)
+    (one,) = ADDED["experiments"]
+    fill(engine, {"experiments": [one | {"id": "exp_2", "stopped": None}, one | {"id": "exp_3", "owner": "key_2"}]})
+    before, shapes = held(engine), shape(engine)
+    with pytest.raises(InputError, match="exp_1, exp_2") as caught:
+        open_store(store_url)
+    assert caught.value.field == "database" and "two models" in str(caught.value) and "exp_3" not in str(caught.value)
+    assert held(engine) == before and shape(engine) == shapes and revision(engine) == "0002"
+    assert cli.main(["store", "migrate", "--database", store_url]) == 2
+    assert "exp_1, exp_2" in capsys.readouterr().err
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE experiments SET name = 'two models again' WHERE id = 'exp_2'"))
+    migrate(engine)
+    assert revision(engine) == NEWEST and differences(engine) == []
 
 
 def test_nothing_at_the_url_is_bad_input(tmp_path):

@@ -47,6 +47,8 @@ def test_a_deliberation_with_a_second_round(url, organiser):
         assert organiser.revise(made.id).round == 2
         ben.rate(ben.look().candidates[0].id, 2, 3)
         assert [row["agreement"] for row in organiser.export()] == [7]  # Ben did not consent
+        assert ben.consent(True).consent and [row["agreement"] for row in organiser.export()] == [7, 2]
+        assert not anna.consent(False).consent and [row["agreement"] for row in organiser.export()] == [2]
         ben.leave()
         with pytest.raises(ServiceError) as gone:
             ben.look()

@@ -18,6 +18,7 @@ from serving.answering import silent
 from serving.api import make_app
 from serving.best_of_n import NoStatement
 from serving.config import ServeConfig
+from serving.cycle_data import group_row
 from serving.generation import Generation
 from serving.ledger import LEASE_S, Ledger
 from serving.metrics import ProcessMetrics
@@ -368,3 +369,45 @@ def test_ratings_without_consent_are_not_exported(client):
     rows = [json.loads(line) for line in client.get("/v1/ratings/export").text.splitlines()]
     assert [(row["deliberation_id"], row["opinion"], row["agreement"]) for row in rows] == [(room.id, OPINIONS[0], 5)]
     assert client.get("/v1/ratings/export", params={"after": rows[0]["number"]}).text == ""
+
+
+def test_a_member_takes_consent_back_and_gives_it_again(room, store_url):
+    """In every state, and for everything said so far; nobody else's changes."""
+    engine = connect(store_url)
+
+    def change(consent, k=0):
+        answer = room.client.patch(f"{PATH}/{room.id}/me", json={"consent": consent}, headers=bearer(room.tokens[k]))
+        assert answer.status_code == 200, answer.text
+        assert answer.json() == room.me(k) and answer.json()["consent"] is consent
+
+    def exported():
+        lines = room.client.get("/v1/ratings/export").text.splitlines()
+        return sorted(json.loads(line)["member"] for line in lines), group_row(engine, room.id)["opinions"]
+
+    change(False)
+    assert exported() == ([], list(OPINIONS[1:]))
+    room.generate()
+    candidate = room.me(0)["candidates"][0]["id"]
+    for k in range(3):
+        room.rate(k, candidate, 5)
+    assert exported() == ([1, 2], list(OPINIONS[1:]))
+    change(True)
+    change(True)  # safe to repeat
+    assert exported() == ([0, 1, 2], list(OPINIONS))
+    room.do("close")
+    change(False, k=2)
+    assert exported() == ([0, 1], list(OPINIONS[:2]))
+    assert [room.me(k)["consent"] for k in range(3)] == [True, True, False]
+
+
+@pytest.mark.parametrize("body", [{}, {"consent": None}, {"consent": "yes"}, {"consent": 1}, {"alias": "x"}, []])
+def test_consent_is_yes_or_no(room, body):
+    answer = room.client.patch(f"{PATH}/{room.id}/me", json=body, headers=bearer(room.tokens[0]))
+    assert answer.status_code == 422 and room.me(0)["consent"] is True
+
+
+def test_consent_is_the_members_own(client, room):
+    other, body = Room(client), {"consent": False}
+    assert kind(client.patch(f"{PATH}/{room.id}/me", json=body)) == "unauthorized"
+    assert kind(client.patch(f"{PATH}/{room.id}/me", json=body, headers=bearer(other.tokens[0]))) == "not-found"
+    assert all(each.me(0)["consent"] for each in (room, other))

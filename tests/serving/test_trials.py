@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from deliberation.types import InputError
 from evaluation.experiment_measures import Rated, numbers
 from evaluation.sequences import difference_sequence
 from serving import trials
-from serving.experiment_report import ExperimentReport, render
+from serving.experiment_report import ExperimentReport
+from serving.experiment_text import render
 from serving.experiments import Spec, member_order
 from serving.problems import ApiError
 from serving.sessions import Sessions
@@ -75,6 +78,29 @@ def test_an_experiment_is_fixed_and_made_once(store_url):
     assert trials.stop(engine, made, OWNER).closed == 1
     with pytest.raises(InputError):  # a stopped one does not go on
         trials.create(engine, OWNER, "tea", PAIRED)
+
+
+def test_an_experiment_created_by_many_at_once_is_one(store_url):
+    engine, gate = open_store(store_url), Barrier(4)
+
+    def create(number):
+        made = []
+        for turn in range(10):
+            gate.wait(timeout=60)
+            spec = PAIRED if turn or number else replace(PAIRED, alpha=0.01)
+            try:
+                made.append(trials.create(engine, OWNER, f"tea {turn}", spec))
+            except InputError as error:
+                made.append(error.field)
+        return made
+
+    with ThreadPoolExecutor(4) as pool:
+        told = list(pool.map(create, range(4)))
+    kept = {row.name: row.id for row in rows(engine, experiments)}
+    assert len(kept) == len(rows(engine, experiments)) == 10
+    assert [made[1:] for made in told] == [[kept[f"tea {turn}"] for turn in range(1, 10)]] * 4
+    first = [made[0] for made in told]  # of two specs, one was first; whoever gave the other one is told
+    assert sorted(first, key=len) in (["name"] + [kept["tea 0"]] * 3, ["name"] * 3 + [kept["tea 0"]])
 
 
 @pytest.mark.parametrize("name", ["", " ", "x" * 201])
