@@ -1,7 +1,7 @@
 """The service under fire: replicas SIGKILLed, models swapped, the proxy lost, ten times the load it can bear.
 
 Three replicas of everything, the shipped models (the other policy of the swap is the shipped one with one weight
-changed), ``n`` = 1 and 8 tokens, so that a request is short. Side by side and under the same kills: requests sent
+changed), 8 tokens and, but for the overload, ``n`` = 1, so that a request is short. Side by side and under the same kills: requests sent
 ``raw``, where everything but a 200 counts as failed, and through the shipped ``client``, which tries again.
 """
 
@@ -44,6 +44,8 @@ KILL_EVERY_S = 3.0
 RATE, THREADS = 2.0, 8
 """Requests a second, and how many may be under way, of each kind of traffic."""
 CALM_S, OVERLOAD_S, OVERLOAD_THREADS = 10.0, 15.0, 96
+OVERLOAD_N = 16
+"""Candidates of a request of the overload: of smaller ones a single machine could not send ten times what it answers."""
 NORMAL = 2.0
 """Latency is back to normal below this many times the calm 99 % quantile."""
 
@@ -118,7 +120,7 @@ def proxy_kill(url: str) -> dict[str, Any]:
 
 def overload(url: str) -> dict[str, Any]:
     """Ten times the requests it can answer, between two calm times at a third of what it can."""
-    ask = raw(url, n=1)
+    ask = raw(url, n=OVERLOAD_N)
     with Traffic(ask, 1e6, THREADS) as full:
         time.sleep(CALM_S)
     capacity = sum(outcome.status == 200 for outcome in full.outcomes) / CALM_S
