@@ -13,6 +13,7 @@ from deliberation.types import InputError
 from serving.best_of_n import AsyncJudge, AsyncSampler, Judgement, Plan, choose, readable, statements
 from serving.metrics import Metrics
 from serving.result import Consensus
+from serving.tracing import note, stage_span
 
 MEMBERS_A_CALL = 64
 """Members judged in one call of the preference model, so that a large group's progress is seen."""
@@ -73,23 +74,29 @@ async def carry_out(services: Services, plan: Plan, metrics: Metrics, report: Re
     """
     # 1. Sample
     started = time.perf_counter()
-    drafts = await services.sampler(plan.policy).sample(plan.question, plan.opinions, plan.orders)
+    with stage_span("sample", policy=plan.policy, prompts=len(plan.orders), candidates=plan.n) as span:
+        drafts = await services.sampler(plan.policy).sample(plan.question, plan.opinions, plan.orders)
+        read, wrote = (sum(getattr(d, f"{kind}_tokens") for d in drafts) for kind in ("prompt", "completion"))
+        note(span, prompt_tokens=read, completion_tokens=wrote)
     texts = statements(plan, drafts)
     metrics.stage("sample", time.perf_counter() - started)
     metrics.candidates(plan.n)
+    metrics.tokens(read, wrote)
     await report([("candidate", {"index": i, "statement": text}) for i, text in enumerate(texts)])
     # 2. Judge, a part of the group at a time
     started, kept, parts = time.perf_counter(), readable(texts), []
-    judge = services.judge(plan.preference_model)
-    for first in range(0, len(plan.opinions), MEMBERS_A_CALL):
-        members = plan.opinions[first : first + MEMBERS_A_CALL]
-        parts.append(await judge.judge(plan.question, members, kept))
-        await report([("scored", {"members": first + len(members), "of": len(plan.opinions)})])
+    judge, many = services.judge(plan.preference_model), len(plan.opinions)
+    with stage_span("judge", preference_model=plan.preference_model, members=many, statements=len(kept)):
+        for first in range(0, many, MEMBERS_A_CALL):
+            members = plan.opinions[first : first + MEMBERS_A_CALL]
+            parts.append(await judge.judge(plan.question, members, kept))
+            await report([("scored", {"members": first + len(members), "of": many})])
     metrics.stage("judge", time.perf_counter() - started)
     # 3. Choose: a large group's welfare takes a moment, and the loop serves others
-    if len(parts) == 1:
-        return choose(plan, drafts, parts[0])
-    return await asyncio.to_thread(choose, plan, drafts, joined(parts))
+    with stage_span("choose", members=many, candidates=plan.n):
+        if len(parts) == 1:
+            return choose(plan, drafts, parts[0])
+        return await asyncio.to_thread(choose, plan, drafts, joined(parts))
 
 
 def joined(parts: Sequence[Judgement]) -> Judgement:

@@ -44,6 +44,7 @@ from serving.schemas import (
 from serving.scoring_schemas import AggregateRequest, AggregateResponse, Health, Models, ScoreRequest, ScoreResponse
 from serving.session_routes import Hall, add_sessions
 from serving.store import open_store
+from serving.tracing import flushed
 
 __all__ = ["MAX_BODY_BYTES", "Overloaded", "Services", "make_app"]
 
@@ -89,14 +90,15 @@ def make_app(
     defaults = config or ServeConfig()
     store = open_store(defaults.database) if engine is None else engine
     counts = metrics or ProcessMetrics()
-    app = FastAPI(title="consensus-machine", version=VERSION, description=DESCRIPTION)
+    app = FastAPI(title="consensus-machine", version=VERSION, description=DESCRIPTION, lifespan=flushed)
     app.add_middleware(Guard, metrics=counts, echo_request_id=echo_request_id)
     add_problem_handlers(app)
     door = Doorkeeper(store if defaults.require_keys else None)
     admit = _admission(door)
-    _add_consensus(app, Desk(services, defaults, Ledger(store), counts), admit)
+    ledger = Ledger(store, retention_s=3600 * defaults.retention_hours)
+    _add_consensus(app, Desk(services, defaults, ledger, counts), admit)
     _add_pure(app, services, defaults, admit)
-    add_sessions(app, Hall(services, defaults, store, counts), admit, door, _problems)
+    add_sessions(app, Hall(services, defaults, store, ledger, counts), admit, door, _problems)
     add_experiments(app, store, services, defaults, admit, _problems)
     _add_health(app, services, defaults, counts)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -327,7 +329,7 @@ def _admission(door: Doorkeeper) -> Callable[[str], Any]:
             secret = None if sent is None else sent.credentials
             # Only a door with keys asks the database
             found = await asyncio.to_thread(door.admit, secret, scope) if door.has_keys else door.admit(secret, scope)
-            request.state.caller = found.id
+            request.state.caller, request.state.limits = found.id, door.limits(found)
             return found
 
         return caller

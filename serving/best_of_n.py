@@ -53,12 +53,16 @@ class Draft:
         finished: for each, whether the policy ended it itself.
         shown: the members whose opinions the prompt held, a leading part of the order.
         version: print of the policy's weights.
+        prompt_tokens: of the prompt, once for all samples; 0 where a server does not say.
+        completion_tokens: of all samples together, the ends included; the same.
     """
 
     texts: tuple[str, ...]
     finished: tuple[bool, ...]
     shown: tuple[int, ...]
     version: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,9 @@ class ServeConfig:
     background_timeout_s: float = 3600.0
     """Seconds after which a request that is answered in the background fails."""
 
+    retention_hours: float = 24.0
+    """Hours for which requests with an idempotency key or in the background, and their answers, are kept; above 0."""
+
     require_keys: bool = False
     """Whether requests need an API key (``consensus keys create``). Without, whoever reaches the port may ask."""
 
@@ -151,7 +154,7 @@ class ServeConfig:
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "must be above 0 and at most 1")
         _check(self.device in ("cpu", "cuda"), "device", self.device, "must be cpu or cuda")
         _check(0 <= self.port <= 65535, "port", self.port, "must be from 0 (any free port) to 65535")
-        for name in ("request_timeout_s", "background_timeout_s"):
+        for name in ("request_timeout_s", "background_timeout_s", "retention_hours"):
             _check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         open_door = self.require_keys or self.host in LOOPBACK
         _check(open_door, "host", self.host, f"set require_keys: true, or listen on {LOOPBACK[0]}")

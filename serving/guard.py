@@ -7,12 +7,14 @@ import logging
 import re
 import time
 import uuid
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.metrics import Metrics
 from serving.problems import make_problem, respond
+from serving.tracing import end_request, request_span
 
 access = logging.getLogger("serving.access")
 
@@ -45,28 +47,32 @@ class Guard:
         async def named(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, headers = message["status"], MutableHeaders(scope=message)
+                headers.update(scope["state"].get("limits", {}))
                 if self.echo:
-                    MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                    headers["X-Request-Id"] = request_id
             await send(message)
 
-        try:
-            body = await _read(receive)
-            if body is None:
-                problem = make_problem("too-large", f"at most {MAX_BODY_BYTES} bytes are read")
-                await respond(problem)(scope, receive, named)
-            else:
-                await self.app(scope, _replay(body, receive), named)
-        finally:
-            self._note(scope, request_id, status, time.perf_counter() - started)
+        with request_span(scope) as span:
+            try:
+                body = await _read(receive)
+                if body is None:
+                    problem = make_problem("too-large", f"at most {MAX_BODY_BYTES} bytes are read")
+                    await respond(problem)(scope, receive, named)
+                else:
+                    await self.app(scope, _replay(body, receive), named)
+            finally:
+                self._note(scope, request_id, status, time.perf_counter() - started, span)
 
-    def _note(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        """Count, and log ids alone: never what members said."""
+    def _note(self, scope: Scope, request_id: str, status: int, seconds: float, span: Any) -> None:
+        """Count, and log and trace ids alone: never what members said."""
         route = getattr(scope.get("route"), "path", "none")  # a path as sent may hold anything
-        method = scope["method"] if scope["method"] in ("GET", "POST", "PUT", "DELETE") else "other"
+        method = scope["method"] if scope["method"] in ("GET", "POST", "PUT", "PATCH", "DELETE") else "other"
         self.metrics.request(route, method, status, seconds)
         line = {"event": "request", "request_id": request_id, "method": method, "route": route, "status": status}
-        access.info(json.dumps(line | {"ms": round(1000 * seconds, 1), "caller": scope["state"].get("caller")}))
+        caller = scope["state"].get("caller")
+        access.info(json.dumps(line | {"ms": round(1000 * seconds, 1), "caller": caller}))
+        end_request(span, method, route, status, request_id=request_id, caller=caller)
 
 
 async def _read(receive: Receive) -> bytes | None:

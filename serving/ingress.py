@@ -15,6 +15,15 @@ from serving.replicas import OPTIONS
 from serving.store import check_nodes
 
 
+def check_database(config: ServeConfig) -> None:
+    """Refuse a file as the database of a cluster of several nodes.
+
+    Raises:
+        InputError: field ``database``.
+    """
+    check_nodes(config.database, sum(node["Alive"] for node in ray.nodes()))
+
+
 @serve.deployment(
     max_ongoing_requests=64,
     max_queued_requests=128,
@@ -29,7 +38,7 @@ class Api:
     def __init__(
         self, policies: dict[str, DeploymentHandle], rewards: dict[str, DeploymentHandle], config: ServeConfig
     ):
-        check_nodes(config.database, sum(node["Alive"] for node in ray.nodes()))
+        check_database(config)
         self._services, self._config = RemoteServices(policies, rewards), config
 
     def __serve_build_asgi_app__(self) -> FastAPI:

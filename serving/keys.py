@@ -6,6 +6,7 @@ Rates are counted by each process that answers, so two API replicas let a key do
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ SCOPES = (CONSENSUS, "ratings:write", ADMIN)
 """What a key may be for."""
 DEFAULT_RATE = 600
 """Requests a minute of a new key."""
+POLICY = "minute"
+"""Name of the rate in responses."""
 PREFIX = "cm_"
 KNOWN_FOR_S = 5.0
 """How long a process remembers a key: a revoked one is refused after so many seconds at the latest."""
@@ -156,12 +159,31 @@ class Doorkeeper:
         Raises:
             ApiError: ``rate-limited``.
         """
-        now, rate = self._clock(), caller.rate_per_minute / 60
-        tokens, since = self._buckets.get(caller.id, (float(caller.rate_per_minute), now))
-        tokens = min(float(caller.rate_per_minute), tokens + (now - since) * rate)
+        tokens = self._tokens(caller)
         if tokens < 1:
-            wait = max(1, round((1 - tokens) / rate + 0.5))
-            limit = f"limit={caller.rate_per_minute}, remaining=0, reset={wait}"
-            headers = {"Retry-After": str(wait), "RateLimit": limit}
+            headers = self.limits(caller) | {"Retry-After": str(_window(tokens, caller.rate_per_minute))}
             raise ApiError("rate-limited", f"{caller.rate_per_minute} requests a minute are allowed", headers)
-        self._buckets[caller.id] = (tokens - 1, now)
+        self._buckets[caller.id] = (tokens - 1, self._clock())
+
+    def limits(self, caller: Caller) -> dict[str, str]:
+        """What a response tells of the caller's rate, in the fields of draft-ietf-httpapi-ratelimit-headers-11."""
+        quota = caller.rate_per_minute
+        if not quota:
+            return {}
+        tokens = self._tokens(caller)
+        return {
+            "RateLimit-Policy": f'"{POLICY}";q={quota};w=60',
+            "RateLimit": f'"{POLICY}";r={int(tokens)};t={_window(tokens, quota)}',
+        }
+
+    def _tokens(self, caller: Caller) -> float:
+        """What the caller's bucket holds now."""
+        full = float(caller.rate_per_minute)
+        tokens, since = self._buckets.get(caller.id, (full, self._clock()))
+        return min(full, tokens + (self._clock() - since) * full / 60)
+
+
+def _window(tokens: float, quota: int) -> int:
+    """Whole seconds until a bucket is full again, or until it holds one request if there is none in it; at least 1."""
+    goal = 1 if tokens < 1 else quota
+    return max(1, math.ceil((goal - tokens) * 60 / quota))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -24,8 +25,8 @@ from serving.tables import request_events, requests
 RUNNING, DONE, FAILED = "running", "done", "failed"
 LEASE_S = 6.0
 """How long a runner may be silent; clients of a dead one wait so long at most."""
-KEPT_FOR_S = 24 * 3600.0
-"""Requests and answers are erased after so long."""
+SWEEP_EVERY_S = 60.0
+"""A process looks at most so often for requests to erase."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ class Ledger:
     Args:
         engine: of ``store.open_store``.
         clock: seconds since 1970; all processes must share it roughly (within a second or two).
+        retention_s: requests and answers are erased after so long; None erases nothing.
     """
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.time):
-        self._engine, self._clock = engine, clock
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.time, retention_s: float | None = None):
+        self._engine, self._clock, self._retention_s = engine, clock, retention_s
+        self._swept = -math.inf
 
     def open(self, owner: str, key: str | None, body: str) -> tuple[Entry, bool]:
         """Record a request, or find the one with the same owner and idempotency key.
@@ -184,8 +187,14 @@ class Ledger:
         return [Event(row.number, row.type, row.data) for row in rows]
 
     def _erase_old(self) -> None:
+        now = self._clock()
+        if self._retention_s is None or now - self._swept < SWEEP_EVERY_S:
+            return
+        self._swept = now
+        # One that somebody still carries out is left until it ends
+        old = (requests.c.created < now - self._retention_s) & (requests.c.lease < now)
         with self._engine.begin() as connection:
-            connection.execute(delete(requests).where(requests.c.created < self._clock() - KEPT_FOR_S))
+            connection.execute(delete(requests).where(old))
 
 
 def _change(connection: Connection, entry: Entry, **values: Any) -> bool:

@@ -51,7 +51,7 @@ class LocalSampler:
         samples = sample(
             self.model,
             self.tokenizer,
-            [statement_prompt(question, [opinions[m] for m in members]) for members in shown],
+            [ids for _, ids in shown],
             n=[order.count for order in orders],
             seeds=[order.seed for order in orders],
             max_new_tokens=self.sampling.max_new_tokens,
@@ -59,23 +59,32 @@ class LocalSampler:
             top_p=self.sampling.top_p,
         )
         return [
-            Draft(tuple(s.text for s in row), tuple(s.finished for s in row), members, self.version)
-            for row, members in zip(samples, shown, strict=True)
+            Draft(
+                texts=tuple(s.text for s in row),
+                finished=tuple(s.finished for s in row),
+                shown=members,
+                version=self.version,
+                prompt_tokens=len(ids),
+                completion_tokens=sum(len(s.ids) for s in row),
+            )
+            for row, (members, ids) in zip(samples, shown, strict=True)
         ]
 
-    def _shown(self, question: str, opinions: Sequence[str], order: Sequence[int]) -> tuple[int, ...]:
-        """The longest leading part of ``order`` whose prompt leaves room for ``max_new_tokens``."""
+    def _shown(self, question: str, opinions: Sequence[str], order: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:
+        """The longest leading part of ``order`` whose prompt leaves room for ``max_new_tokens``; its ids too."""
+        ids: dict[int, list[int]] = {}
 
         def tokens(count: int) -> int:
             prompt = statement_prompt(question, [opinions[m] for m in order[:count]])
-            return len(plain_ids(self.tokenizer, prompt))
+            ids[count] = plain_ids(self.tokenizer, prompt)
+            return len(ids[count])
 
         # The prompt grows with the number of opinions, so bisection finds the last one that fits.
         count = bisect.bisect_right(range(1, len(order) + 1), self.room, key=tokens)
         if count == 0:
-            mend = f"with the question takes {tokens(1)} tokens; this policy reads {self.room}: shorten either"
+            mend = f"with the question takes {len(ids[1])} tokens; this policy reads {self.room}: shorten either"
             raise InputError(f"opinions[{order[0]}]", opinions[order[0]], mend)
-        return tuple(order[:count])
+        return tuple(order[:count]), ids[count]  # bisection has looked at the count that it returns
 
 
 class LocalJudge:

@@ -13,11 +13,15 @@ REQUESTS = "consensus_requests_total"
 REQUEST_SECONDS = "consensus_request_seconds"
 STAGE_SECONDS = "consensus_stage_seconds"
 CANDIDATES = "consensus_candidates_total"
+PROMPT_TOKENS = "consensus_prompt_tokens_total"
+COMPLETION_TOKENS = "consensus_completion_tokens_total"
 HELP = {
     REQUESTS: "Requests answered, by route, method and status",
     REQUEST_SECONDS: "Seconds from the first byte read to the last byte sent, by route",
     STAGE_SECONDS: "Seconds of a stage of a consensus request: sample, judge",
     CANDIDATES: "Candidates sampled",
+    PROMPT_TOKENS: "Tokens of the prompts that policies read, each prompt once for all its samples",
+    COMPLETION_TOKENS: "Tokens that policies wrote",
 }
 
 
@@ -33,6 +37,9 @@ class Metrics(Protocol):
     def candidates(self, count: int) -> None:
         """So many candidates were sampled."""
 
+    def tokens(self, prompt: int, completion: int) -> None:
+        """A policy read and wrote so many tokens."""
+
     async def text(self) -> str:
         """All counts in Prometheus' text format."""
 
@@ -45,7 +52,11 @@ class ProcessMetrics:
         self._requests = Counter(REQUESTS, HELP[REQUESTS], ["route", "method", "status"], registry=self._registry)
         self._seconds = self._histogram(REQUEST_SECONDS, "route")
         self._stages = self._histogram(STAGE_SECONDS, "stage")
-        self._candidates = Counter(CANDIDATES, HELP[CANDIDATES], registry=self._registry)
+        self._candidates = self._counter(CANDIDATES)
+        self._prompt, self._completion = self._counter(PROMPT_TOKENS), self._counter(COMPLETION_TOKENS)
+
+    def _counter(self, name: str) -> Counter:
+        return Counter(name, HELP[name], registry=self._registry)
 
     def _histogram(self, name: str, label: str) -> Histogram:
         return Histogram(name, HELP[name], [label], buckets=LATENCY_BUCKETS, registry=self._registry)
@@ -59,6 +70,10 @@ class ProcessMetrics:
 
     def candidates(self, count: int) -> None:
         self._candidates.inc(count)
+
+    def tokens(self, prompt: int, completion: int) -> None:
+        self._prompt.inc(prompt)
+        self._completion.inc(completion)
 
     async def text(self) -> str:
         return generate_latest(self._registry).decode()

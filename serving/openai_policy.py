@@ -91,8 +91,9 @@ class ServerSampler:
         while True:
             response = await self._request("POST", "completions", self._body(question, opinions, shown, order))
             if response.status_code not in REFUSED:
-                texts, finished = self._completions(_json(response), order.count)
-                return Draft(texts, finished, shown, self._server.model)
+                answer = _json(response)
+                texts, finished = self._completions(answer, order.count)
+                return Draft(texts, finished, shown, self._server.model, *_usage(answer))
             if len(shown) == 1:
                 mend = f"the policy's server refuses it with the question ({response.text[:200]}): shorten either"
                 raise InputError(f"opinions[{shown[0]}]", opinions[shown[0]], mend)
@@ -165,6 +166,14 @@ def _json(response: httpx.Response) -> Any:
     except ValueError as error:
         raise ServerFault(f"{response.request.url} answers no JSON") from error
     raise ServerFault(_said(response))
+
+
+def _usage(answer: Any) -> tuple[int, int]:
+    """Tokens read and written, by the completion's ``usage``; 0 where it has none."""
+    usage = answer.get("usage")
+    said = usage if isinstance(usage, dict) else {}
+    read, wrote = (said.get(f"{kind}_tokens") for kind in ("prompt", "completion"))
+    return max(0, read) if isinstance(read, int) else 0, max(0, wrote) if isinstance(wrote, int) else 0
 
 
 def _said(response: httpx.Response) -> str:

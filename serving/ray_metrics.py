@@ -6,7 +6,16 @@ import httpx
 import ray
 from ray.util.metrics import Counter, Histogram
 
-from serving.metrics import CANDIDATES, HELP, LATENCY_BUCKETS, REQUEST_SECONDS, REQUESTS, STAGE_SECONDS
+from serving.metrics import (
+    CANDIDATES,
+    COMPLETION_TOKENS,
+    HELP,
+    LATENCY_BUCKETS,
+    PROMPT_TOKENS,
+    REQUEST_SECONDS,
+    REQUESTS,
+    STAGE_SECONDS,
+)
 
 
 class RayMetrics:
@@ -16,6 +25,7 @@ class RayMetrics:
         # Ray appends _total to counters itself
         self._requests = _counter(REQUESTS, ("route", "method", "status"))
         self._candidates = _counter(CANDIDATES, ())
+        self._prompt, self._completion = _counter(PROMPT_TOKENS, ()), _counter(COMPLETION_TOKENS, ())
         self._seconds = Histogram(REQUEST_SECONDS, HELP[REQUEST_SECONDS], list(LATENCY_BUCKETS), ("route",))
         self._stages = Histogram(STAGE_SECONDS, HELP[STAGE_SECONDS], list(LATENCY_BUCKETS), ("stage",))
 
@@ -28,6 +38,11 @@ class RayMetrics:
 
     def candidates(self, count: int) -> None:
         self._candidates.inc(count)
+
+    def tokens(self, prompt: int, completion: int) -> None:
+        for counter, count in ((self._prompt, prompt), (self._completion, completion)):
+            if count:  # Ray refuses to add nothing
+                counter.inc(count)
 
     async def text(self) -> str:
         async with httpx.AsyncClient(trust_env=False, timeout=10) as client:

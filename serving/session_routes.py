@@ -27,6 +27,7 @@ from serving.problems import ApiError
 from serving.session_report import outline, report, table
 from serving.session_schemas import (
     CandidateShown,
+    ChangeMe,
     Compare,
     Created,
     Criticise,
@@ -61,10 +62,9 @@ MEMBER_RATE = 240
 class Hall:
     """Deliberations with the models that write for them."""
 
-    def __init__(self, services: Services, defaults: ServeConfig, engine: Engine, metrics: Metrics):
-        self.services, self.defaults, self.engine = services, defaults, engine
+    def __init__(self, services: Services, defaults: ServeConfig, engine: Engine, ledger: Ledger, metrics: Metrics):
+        self.services, self.defaults, self.engine, self.ledger = services, defaults, engine, ledger
         self.sessions, self.ballots = Sessions(engine), Ballots(engine)
-        self.ledger = Ledger(engine)
         work = Generation(services, defaults, self.sessions, metrics)
         self.background = Background(self.ledger, work.run, defaults.background_timeout_s)
 
@@ -151,7 +151,9 @@ def _member(sessions: Sessions, door: Doorkeeper) -> Any:
             detail = "send Authorization: Bearer and the member's token; POST .../members gives one"
             raise ApiError("unauthorized", detail, {"WWW-Authenticate": "Bearer"})
         request.state.caller = found.id
-        door.count(Caller(found.id, frozenset(), MEMBER_RATE))
+        caller = Caller(found.id, frozenset(), MEMBER_RATE)
+        door.count(caller)
+        request.state.limits = door.limits(caller)
         return found
 
     return Depends(member)
@@ -253,6 +255,12 @@ def _add_member(app: FastAPI, hall: Hall, member: Any, problems: Callable[..., A
     async def me(deliberation_id: str, who: Member = member) -> Me:
         """The deliberation as this member sees it: own opinion, candidates, own ratings."""
         await hall.look(mine(deliberation_id, who).deliberation)
+        return await asyncio.to_thread(hall.me, who)
+
+    @app.patch(me_path, responses=writes | problems(404))
+    async def change_me(deliberation_id: str, body: ChangeMe, who: Member = member) -> Me:
+        """Give consent to training, or take it back: for what this member said before, too."""
+        await asyncio.to_thread(hall.sessions.set_consent, mine(deliberation_id, who), body.consent)
         return await asyncio.to_thread(hall.me, who)
 
     @app.delete(me_path, status_code=204, responses=reads | problems(404))

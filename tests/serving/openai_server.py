@@ -1,8 +1,8 @@
 """A small server that speaks the OpenAI completions protocol, with faults to order: ``python openai_server.py``.
 
 Its completions are a pure function of prompt, seed and index, as the protocol's ``seed`` promises. Like vLLM it lists
-its models, and refuses with 400 a prompt that does not fit its context. ``POST /faults`` says what goes wrong with the
-next requests, one word each.
+its models, says how many tokens (here: words) it read and wrote, and refuses with 400 a prompt that does not fit its
+context. ``POST /faults`` says what goes wrong with the next requests, one word each.
 """
 
 from __future__ import annotations
@@ -69,7 +69,11 @@ async def completions(request: Request):
         return JSONResponse({"error": {"message": message}}, 400)
     count = body["n"] - 1 if fault == "too-few" else body["n"]
     choices = [choice(body, index) for index in range(count)]
-    return {"id": "cmpl-1", "object": "text_completion", "model": MODEL, "choices": choices[::-1]}
+    answer = {"id": "cmpl-1", "object": "text_completion", "model": MODEL, "choices": choices[::-1]}
+    if fault in ("no-usage", "odd-usage"):
+        return answer | ({"usage": {"prompt_tokens": "many"}} if fault == "odd-usage" else {})
+    read, wrote = len(body["prompt"].split()), sum(len(choice["text"].split()) for choice in choices)
+    return answer | {"usage": {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}}
 
 
 def choice(body: dict[str, Any], index: int) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class _Sampler:
             raise self.services.failures.pop(0)
         return [
             Draft(tuple(f"Tea {order.seed % 97} {k}." for k in range(order.count)), (True,) * order.count,
-                  order.members, "sha256:policy")
+                  order.members, "sha256:policy", prompt_tokens=10, completion_tokens=3 * order.count)
             for order in orders
         ]  # fmt: skip
 

@@ -401,6 +401,7 @@ def test_the_examples_work_as_they_stand(client, example):
         ("device", "tpu"),
         ("request_timeout_s", 0.0),
         ("background_timeout_s", 0.0),
+        ("retention_hours", 0.0),
         ("host", "0.0.0.0"),
         ("policies", ["ppo"]),
         ("policies", ["ppo="]),

@@ -7,6 +7,7 @@ import json
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from fastapi.testclient import TestClient
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from sqlalchemy import event, select
 from stub import REQUEST, StubServices
+from test_sessions import Room
 
 from serving.api import make_app
 from serving.best_of_n import NoStatement
@@ -346,16 +349,55 @@ def test_a_runner_at_work_is_left_in_peace(config):
     assert ledger.take_over(entry.id) is None and ledger.renew(entry)
 
 
-def test_old_requests_are_erased(config):
+def test_old_requests_are_erased_and_running_ones_are_not(config):
     clock = Clock()
-    ledger = Ledger(open_store(config.database), clock)
-    entry, _ = ledger.open("anybody", None, "{}")
+    ledger = Ledger(open_store(config.database), clock, retention_s=3600.0)
+    (entry, _), (running, _) = (ledger.open("anybody", None, "{}") for _ in range(2))
     ledger.add_events(entry, [("queued", {})])
-    clock.ahead = 25 * 3600
+    ledger.finish(entry, "done", {})
+    clock.ahead = 3500
+    ledger.open("anybody", None, "{}")
+    assert len(ledger.events(entry.id, 0)) == 2
+    clock.ahead = 3605
+    assert ledger.renew(running)
     ledger.open("anybody", None, "{}")
     with pytest.raises(ApiError, match="not-found"):
         ledger.find(entry.id, "anybody")
-    assert ledger.events(entry.id, 0) == []
+    assert ledger.events(entry.id, 0) == [] and ledger.renew(running)
+    clock.ahead = 3605 + 3600  # its runner has died meanwhile
+    ledger.open("anybody", None, "{}")
+    assert not ledger.renew(running)
+
+
+def test_old_requests_are_looked_for_once_a_minute(config):
+    clock, engine = Clock(), open_store(config.database)
+    deletions = []
+    event.listen(engine, "before_cursor_execute", lambda *args: deletions.extend(["DELETE"] * ("DELETE" in args[2])))
+    ledger = Ledger(engine, clock, retention_s=3600.0)
+    for ahead, count in ((0, 1), (30, 1), (59, 1), (61, 2), (100, 2), (1000, 3)):
+        clock.ahead = ahead
+        ledger.open("anybody", None, "{}")
+        assert len(deletions) == count, ahead
+    Ledger(engine, clock).open("anybody", None, "{}")  # one that is not told how long erases nothing
+    assert len(deletions) == 3
+
+
+@pytest.mark.parametrize(("hours", "kept"), [(1.0, False), (72.0, True)])
+@pytest.mark.parametrize("through", ["consensus", "deliberations"])
+def test_the_service_keeps_requests_as_long_as_its_config_says(services, config, hours, kept, through):
+    clock = Clock()
+    clock.ahead = -48 * 3600
+    before = Ledger(open_store(config.database), clock)
+    entry, _ = before.open("anybody", "key", recorded())
+    before.finish(entry, "done", {})
+    with TestClient(make_app(services, replace(config, retention_hours=hours))) as client:
+        if through == "consensus":
+            assert post(client, {"Prefer": "respond-async"}).status_code == 202
+        else:
+            Room(client).generate()
+    with open_store(config.database).connect() as connection:
+        ids = connection.execute(select(requests.c.id)).scalars().all()
+    assert (entry.id in ids) == kept and len(ids) == 1 + kept
 
 
 def test_half_a_character_is_refused_and_not_recorded(client):

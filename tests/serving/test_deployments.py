@@ -49,13 +49,14 @@ REQUEST = {"question": "Should tea be free?", "opinions": OPINIONS, "n": 8, "see
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two policies and a preference model on disk."""
+    """Two policies and two preference models on disk."""
     root, tokenizer = tmp_path_factory.mktemp("models"), make_tokenizer()
     for seed, name in enumerate(("policy", "other")):
         make_policy(tokenizer, seed=seed).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     calibration = Calibration((-3.0, -2.0, -1.0, 1.0, 2.0, 3.0), 2.0)
-    PreferenceModel(make_judge(tokenizer), tokenizer, calibration, {}).save(root / "judge")
+    for seed, name in enumerate(("judge", "other-judge")):
+        PreferenceModel(make_judge(tokenizer, seed=seed), tokenizer, calibration, {}).save(root / name)
     return root
 
 
@@ -95,6 +96,8 @@ def test_folders_without_models_are_refused_before_anything_starts(folders, tmp_
         ("preference_model", "runs/absent"),
         ("preference_model", str(folders / "policy")),  # weights, but no calibration
         ("policies", [f"other={empty}"]),
+        ("preference_models", [f"other={tmp_path / 'absent'}"]),
+        ("preference_models", [f"other={folders / 'policy'}"]),
     ]:
         with pytest.raises(InputError) as caught, running_service(configuration(folders, **{key: value})):
             pytest.fail("it started")
@@ -270,12 +273,12 @@ def test_served_answer_is_the_librarys_candidate_for_candidate_and_score_for_sco
         def __call__(self):
             return "hello"
 
-    config = configuration(folders)
-    judge = LocalJudge.load(config.preference_model)
+    config = configuration(folders, preference_models=[f"more={folders / 'other-judge'}"])
+    judges = {name: LocalJudge.load(folder) for name, folder in config.preference_folders().items()}
     with running_service(config) as url:
-        for policy in ("default", "other"):
-            sampler = LocalSampler.load(config.policy_folders()[policy], config.sampling)
-            body = {**REQUEST, "policy": policy}
+        for policy, name in (("default", "default"), ("other", "more")):
+            sampler, judge = LocalSampler.load(config.policy_folders()[policy], config.sampling), judges[name]
+            body = {**REQUEST, "policy": policy, "preference_model": name}
             status, headers, served = ask(url, body=body, headers=[("X-Request-Id", "my-id")])
             assert status == 200
             assert headers.get_all("x-request-id") == ["my-id"]
@@ -289,9 +292,8 @@ def test_served_answer_is_the_librarys_candidate_for_candidate_and_score_for_sco
         assert problem["errors"][0]["field"] == "opinions[0]"
         assert ask(url, "/nowhere")[0] == 404
         models = ask(url, "/v1/models")[2]
-        assert set(models["policies"]) == {"default", "other"} and models["preference_models"] == {
-            "default": judge.version
-        }
+        assert set(models["policies"]) == {"default", "other"}
+        assert models["preference_models"] == {name: judge.version for name, judge in judges.items()}
         serve.run(Neighbour.bind(), name="neighbour", route_prefix="/neighbour")
     assert ray.is_initialized() and set(serve.status().applications) == {"neighbour"}  # they were not ours to stop
     serve.shutdown()

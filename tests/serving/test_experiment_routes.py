@@ -60,7 +60,10 @@ def test_an_experiment_is_made_once_with_the_versions_of_its_models(client):
     assert (made["mode"], made["metric"], made["alpha"], made["minimum"], made["maximum"]) == (
         "paired", "agreement", 0.05, 5, 400,
     )  # fmt: skip
-    assert made["arms"][1] == {"name": "rerank", "policy": "default", "n": 4, "welfare": "rawlsian", "share": 1.0}
+    assert made["arms"][1] == {
+        "name": "rerank", "policy": "default", "preference_model": "default", "n": 4, "welfare": "rawlsian",
+        "share": 1.0,
+    }  # fmt: skip
     assert begun(client) == made and client.get(f"{PATH}/{made['id']}").json() == made
     assert client.get(PATH).json() == {"experiments": [made]}
     changed = client.post(PATH, json=BODY | {"alpha": 0.01})  # nothing changes it, not even its owner

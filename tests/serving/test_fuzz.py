@@ -19,7 +19,7 @@ from serving.api import make_app
 from serving.config import ServeConfig
 
 CASES = int(os.environ.get("FUZZ_CASES", "60"))
-OPERATIONS = 33
+OPERATIONS = 34
 load_all_checks()
 NAMES = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
 run = {"cases": 0}

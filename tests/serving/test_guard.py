@@ -40,6 +40,8 @@ def test_counts_are_by_route_not_by_path(client):
         'method="other",route="none",status="404"': "1.0",
     }
     assert "consensus_candidates_total 4.0" in text
+    assert "consensus_prompt_tokens_total 30.0" in text  # of three orders
+    assert "consensus_completion_tokens_total 12.0" in text
     for stage in ("sample", "judge"):
         assert f'consensus_stage_seconds_count{{stage="{stage}"}} 1.0' in text
     described = re.findall(r"^# HELP (\w+) ", text, re.MULTILINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 
 import pytest
@@ -12,7 +13,7 @@ import cli
 from deliberation.types import InputError
 from serving.api import make_app
 from serving.config import ServeConfig
-from serving.keys import CONSENSUS, KNOWN_FOR_S, Doorkeeper, create_key, list_keys, revoke_key
+from serving.keys import ANYBODY, CONSENSUS, KNOWN_FOR_S, Doorkeeper, create_key, list_keys, revoke_key
 from serving.problems import ApiError
 from serving.store import open_store
 
@@ -95,6 +96,36 @@ def test_a_key_is_used_as_often_as_its_rate_says(url):
     for _ in range(6):  # a bucket holds one minute's requests, not an hour's
         door.admit(secrets[0], CONSENSUS)
     assert refusal(door, secrets[0]).kind == "rate-limited"
+
+
+def test_responses_tell_what_is_left_of_the_rate(client, url):
+    _, secret = create_key(open_store(url), "anna", rate_per_minute=3)
+    answers = [
+        client.post("/v1/consensus", json={**REQUEST, "n": n}, headers=bearer(secret)) for n in (4, 0, 4, 4)
+    ]  # the second is bad input, and counts
+    assert [answer.status_code for answer in answers] == [200, 422, 200, 429]
+    assert {answer.headers["ratelimit-policy"] for answer in answers} == {'"minute";q=3;w=60'}
+    told = [re.fullmatch(r'"minute";r=(\d+);t=(\d+)', answer.headers["ratelimit"]).groups() for answer in answers]
+    left, windows = zip(*((int(r), int(t)) for r, t in told), strict=True)
+    assert left == (2, 1, 0, 0)
+    assert 15 <= windows[0] <= 20 < 30 <= windows[1] <= 40 and windows[2] <= 20  # full, full, one request
+    assert [answer.headers.get("retry-after") for answer in answers] == [None, None, None, str(windows[3])]
+    assert client.get("/healthz").headers.get("ratelimit") is None
+    assert client.get("/v1/models", headers=bearer("cm_guess")).headers.get("ratelimit") is None
+
+
+def test_what_is_left_comes_back_with_time(url):
+    clock, engine = Clock(), open_store(url)
+    door = Doorkeeper(engine, clock)
+    caller = door.admit(create_key(engine, "anna", rate_per_minute=100)[1], CONSENSUS)
+    for _ in range(49):
+        door.count(caller)
+    assert door.limits(caller) == {"RateLimit-Policy": '"minute";q=100;w=60', "RateLimit": '"minute";r=50;t=30'}
+    clock.now += 15
+    assert door.limits(caller)["RateLimit"] == '"minute";r=75;t=15'
+    clock.now += 3600
+    assert door.limits(caller)["RateLimit"] == '"minute";r=100;t=1'
+    assert Doorkeeper(None).limits(ANYBODY) == {}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from deliberation.prompts import statement_prompt
 from deliberation.types import InputError
 from reward.preference import Calibration, PreferenceModel, fingerprint
+from rl.policy import sample
 from serving.best_of_n import best_of_n, draw_orders
 from serving.config import Sampling
 from serving.local import LocalJudge, LocalSampler
@@ -47,6 +48,19 @@ def test_orders_sampled_together_are_as_sampled_alone(sampler):
     alone = [sampler.sample("Should tea be free?", OPINIONS, [order])[0] for order in orders]
     assert together == alone
     assert [draft.shown for draft in together] == [order.members for order in orders]
+
+
+def test_drafts_say_how_many_tokens_were_read_and_written(sampler):
+    orders, _ = draw_orders(3, 4, 5, reshuffle=True)
+    drafts = sampler.sample("Should tea be free?", OPINIONS, orders)
+    for order, draft in zip(orders, drafts, strict=True):
+        prompt = statement_prompt("Should tea be free?", [OPINIONS[m] for m in draft.shown])
+        (samples,) = sample(
+            sampler.model, sampler.tokenizer, [prompt], n=order.count, seeds=[order.seed], max_new_tokens=10, top_p=0.8
+        )
+        assert draft.texts == tuple(s.text for s in samples)
+        assert draft.prompt_tokens == len(sampler.tokenizer(prompt).input_ids)
+        assert draft.completion_tokens == sum(len(s.ids) for s in samples) > 0
 
 
 def test_reshuffling_ends_in_a_consensus_too(sampler, judge):

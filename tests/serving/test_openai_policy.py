@@ -114,6 +114,18 @@ async def test_texts_come_in_the_order_of_their_index_and_say_whether_they_ended
     ]
 
 
+async def test_tokens_are_those_the_server_counts(sampler, server):
+    orders, _ = draw_orders(3, 6, 5, reshuffle=True)
+    drafts = await sampler.sample(QUESTION, OPINIONS, orders)
+    prompts = {body["seed"]: body["prompt"] for body in bodies(server)}
+    assert [d.prompt_tokens for d in drafts] == [len(prompts[o.seed].split()) for o in orders]
+    assert [d.completion_tokens for d in drafts] == [len(" ".join(d.texts).split()) for d in drafts]
+    for fault in ("no-usage", "odd-usage"):
+        order_faults(server, fault)
+        (draft,) = await sampler.sample(QUESTION, OPINIONS, orders[:1])
+        assert (draft.prompt_tokens, draft.completion_tokens, draft.texts) == (0, 0, drafts[0].texts)
+
+
 async def test_opinions_are_left_out_until_the_server_takes_the_prompt(sampler, server):
     opinions = [f"{i}: {'tea ' * 25}" for i in range(16)]
     (order,), _ = draw_orders(16, 2, 1, reshuffle=False)

@@ -1,16 +1,43 @@
-"""Writers of one process take turns, on either database, and none is left out."""
+"""Writers of one process take turns, on either database; a cluster of several nodes has one that serves them all."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from rows import ADDED, fill
 from sqlalchemy import func, select, text
 
-from serving.store import open_store, reading
+from serving.store import connect, open_store, reading
 from serving.tables import lineage
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_on_two_nodes_the_service_refuses_sqlite_and_says_why(sqlite_url, postgres_url):
+    with tempfile.TemporaryDirectory(prefix="rn-", dir="/tmp", ignore_cleanup_errors=True) as short:  # Ray's sockets
+        done = subprocess.run(
+            [sys.executable, ROOT / "tests" / "serving" / "two_nodes.py", sqlite_url, postgres_url],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": short, "RAY_AUTH_MODE": "disabled"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused, answered = json.loads(done.stdout.splitlines()[-1])
+    assert "is a file, and this cluster has 2 nodes with a disk each; give the URL of a PostgreSQL" in refused
+    assert json.loads(answered) == {"status": "ok"}
+    with reading(connect(postgres_url)) as connection:  # its tables are there: the replica came past the check
+        assert connection.execute(select(func.count()).select_from(lineage)).scalar() == 0
 
 
 def test_writers_take_turns(store_url):
