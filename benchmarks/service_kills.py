@@ -1,8 +1,9 @@
 """The service under fire: replicas SIGKILLed, models swapped, the proxy lost, ten times the load it can bear.
 
 Three replicas of everything, the shipped models (the other policy of the swap is the shipped one with one weight
-changed), 8 tokens and, but for the overload, ``n`` = 1, so that a request is short. Side by side and under the same kills: requests sent
-``raw``, where everything but a 200 counts as failed, and through the shipped ``client``, which tries again.
+changed), 8 tokens and, but for the overload, ``n`` = 1, so that a request is short. Side by side and under the same
+kills: requests sent ``raw``, where everything but a 200 counts as failed, and through the shipped ``client``, which
+tries again.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ RATE, THREADS = 2.0, 8
 """Requests a second, and how many may be under way, of each kind of traffic."""
 CALM_S, OVERLOAD_S, OVERLOAD_THREADS = 10.0, 15.0, 96
 OVERLOAD_N = 16
-"""Candidates of a request of the overload: of smaller ones a single machine could not send ten times what it answers."""
+"""Candidates of a request of the overload: one machine could not send ten times the smaller ones it answers."""
 NORMAL = 2.0
 """Latency is back to normal below this many times the calm 99 % quantile."""
 

@@ -17,7 +17,7 @@ BRIEF, LONG = "Tea.", "Tea for all of us."
 
 
 class TwoTastes(StubServices):
-    """A policy that writes a brief and a long statement in turn; the judge ``brief`` likes the one, the other the other."""
+    """Statements are brief and long in turn; the judge ``brief`` likes the one, ``default`` the other."""
 
     preference_models = ("default", "brief")
 
