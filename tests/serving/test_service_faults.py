@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -54,7 +53,7 @@ def configuration(folders, replicas):
 
 
 def answers(url):
-    """The answers to ``REQUEST``, as bytes without ids: alone, alone again, and twice among 16 others."""
+    """The answers to ``REQUEST``, as bytes: alone, alone again, and twice among 16 others."""
     others = [
         {"question": f"Should there be {i} parks?", "opinions": [f"Yes, {k}." for k in range(1 + i % 5)], "n": 1 + i}
         for i in range(16)
@@ -65,7 +64,7 @@ def answers(url):
         def ask(body):
             response = http.post("/v1/consensus", json=body)
             assert response.status_code == 200, response.text
-            return json.dumps({key: value for key, value in response.json().items() if key != "id"}).encode()
+            return response.content
 
         alone = [ask(REQUEST), ask(REQUEST)]
         with ThreadPoolExecutor(len(crowd)) as threads:
