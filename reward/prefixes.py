@@ -96,14 +96,14 @@ def prefix_states(model: nn.Module, ids: Tensor, lengths: Tensor) -> Prefixes:
     opening = int(ids[0, 0]) if is_encoder(model) else None
     if opening is None:
         output = backbone(input_ids=ids, attention_mask=mask(lengths, ids.shape[1]), use_cache=True)
-        cache = output.get("past_key_values")
+        cache = output.get("cache")
     else:
         ids, lengths, cache = ids[:, 1:], lengths - 1, DynamicCache(config=backbone.config)
         backbone(
             input_ids=ids,
             attention_mask=_encoder_mask(backbone, mask(lengths, ids.shape[1]).bool(), ids.shape[1]),
             position_ids=1 + torch.arange(ids.shape[1], device=ids.device)[None],
-            past_key_values=cache,
+            cache=cache,
         )
     if not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
         raise _not_shareable(backbone.config.model_type, "keeps no plain key-value cache")
@@ -154,7 +154,7 @@ def _continue(
         input_ids=ids,
         attention_mask=torch.cat([mask(before, prefixes.width), mask(lengths, ids.shape[1])], dim=1),
         position_ids=before[:, None] + torch.arange(ids.shape[1], device=ids.device),
-        past_key_values=Cache(layers=list(layers)),
+        cache=Cache(layers=list(layers)),
         use_cache=True,
     ).last_hidden_state
 
@@ -176,7 +176,7 @@ def _read_opening(
         token_type_ids=types,
         attention_mask=_encoder_mask(backbone, seen, width + 1),
         position_ids=torch.cat([torch.zeros_like(first), after], dim=1),
-        past_key_values=Cache(layers=list(layers)),
+        cache=Cache(layers=list(layers)),
     ).pooler_output
 
 

@@ -165,7 +165,7 @@ class Batch:
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask[:, None],
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
         ).logits
