@@ -4,7 +4,7 @@
 
 Twelve members in three deliberations rate without a pause, one thread each; what was acknowledged is written down by
 the clients and compared with the database at the end: lost (not there), doubled (two rows of one version, two current
-rows, versions with gaps), torn (another value than acknowledged), and SQLite's own integrity check.
+rows, versions with gaps), torn (another value than acknowledged), and the database's own integrity check (``sound``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from datetime import date
 from typing import Any
 
 import httpx
-from sqlalchemy import Engine, select
+from sqlalchemy import Connection, Engine, select
 
 from benchmarks._postgres import running
 from serving.client import Client
@@ -116,14 +116,30 @@ def stream(member: Participant, stop: threading.Event, said: list[tuple[str, int
         said.append((kept.candidate, kept.agreement, kept.quality, kept.version))
 
 
+def sound(connection: Connection) -> bool:
+    """SQLite's integrity check, or amcheck of all tables and indexes in PostgreSQL.
+
+    Raises:
+        DatabaseError: if amcheck finds an index damaged.
+    """
+    if connection.dialect.name == "sqlite":
+        return connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+    connection.exec_driver_sql("CREATE EXTENSION IF NOT EXISTS amcheck")
+    ours = "relnamespace = current_schema()::regnamespace"
+    indexes = (
+        f"SELECT bt_index_check(indexrelid, true) FROM pg_index JOIN pg_class ON pg_class.oid = indrelid WHERE {ours}"
+    )
+    checked = len(connection.exec_driver_sql(indexes).all())
+    faults = f"SELECT count(*) FROM pg_class, LATERAL verify_heapam(pg_class.oid) WHERE relkind = 'r' AND {ours}"
+    return checked > 0 and connection.exec_driver_sql(faults).scalar() == 0
+
+
 def judge(engine: Engine, said: dict[str, list[tuple[str, int, int, int]]]) -> dict[str, Any]:
     """Compare what members were told with what is there."""
     there: dict[tuple[str, str], list[Any]] = defaultdict(list)
     with engine.connect() as connection:
         rows = list(connection.execute(select(ratings).order_by(ratings.c.number)))
-        ok = None  # PostgreSQL has no such command
-        if engine.dialect.name == "sqlite":
-            ok = connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+        ok = sound(connection)
     for row in rows:
         there[row.member, row.candidate].append(row)
     lost = torn = 0

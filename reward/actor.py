@@ -6,6 +6,8 @@ import logging
 import os
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,16 +69,35 @@ def local_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     folder = tempfile.mkdtemp(prefix="consensus-")  # short: Ray's socket names below it may have 107 characters
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(2, os.cpu_count() or 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-            _temp_dir=folder,
-        )
+        with _own_group():
+            ray.init(
+                address="local",
+                num_cpus=max(2, os.cpu_count() or 1),
+                include_dashboard=False,
+                log_to_driver=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.WARNING,
+                _temp_dir=folder,
+            )
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)  # Ray's log writers may still be closing their files
+
+
+@contextmanager
+def _own_group() -> Iterator[None]:
+    """Processes started within are a group of their own, and end with this process all the same.
+
+    A signal to our whole group, as ``timeout`` sends it, would end Ray at once, and nothing could be stopped in order.
+    """
+    if sys.platform != "linux" or os.getpid() == os.getsid(0):  # the leader of a session cannot change its group
+        yield
+        return
+    ours, anchor = os.getpgrp(), subprocess.Popen(["cat"], stdin=subprocess.PIPE, process_group=0)
+    try:
+        os.setpgid(0, anchor.pid)
+        yield
+    finally:
+        os.setpgid(0, ours)
+        anchor.communicate()

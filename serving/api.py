@@ -61,7 +61,7 @@ _TEXTS = {
     403: "The key does not allow this",
     404: "Nothing there",
     409: "A request with this idempotency key is in progress",
-    412: "Somebody changed it meanwhile",
+    412: "It is not the version that was sent",
     413: "Body too large",
     422: "Bad input",
     429: "Overloaded, or too many requests with this key; see Retry-After",

@@ -68,7 +68,9 @@ def main(config: AskConfig) -> None:
         with Client(config.url, os.environ.get(KEY_VARIABLE)) as client:
             answer = client.consensus(request.question, request.opinions, **fields)
     except ServiceError as error:
-        raise InputError("url", config.url, f"{error}; is the service up, and the key right?") from error
+        raise InputError(
+            "url", config.url, f"{error}; is the service up, and the key in {KEY_VARIABLE} right?"
+        ) from error
     print(answer.model_dump_json(indent=2) if config.json else shown(request, answer))
 
 

@@ -321,7 +321,7 @@ def choose(plan: Plan, drafts: Sequence[Draft], judgement: Judgement) -> Consens
         winners=winners,
         choice_mattered=len({texts[best], *(w.statement for w in winners.values())}) > 1,
         not_shown=not_shown,
-        versions=Versions(plan.policy, drafts[0].version, judgement.version),
+        versions=Versions(plan.policy, drafts[0].version, plan.preference_model, judgement.version),
         seed=plan.seed,
         warnings=warnings_of(candidates, best, members, not_shown, plan.uncertainty_penalty),
     )

@@ -27,6 +27,7 @@ from deliberation.types import InputError, is_hub_name
 from embedded import resolve
 from reward.actor import local_ray
 from reward.preference import check_ensemble
+from serving.ask import KEY_VARIABLE
 from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL, ServeConfig, server_of
 from serving.ingress import Api, check_database
 from serving.replicas import Policy, Reward, ServerPolicy
@@ -209,10 +210,8 @@ def main(config: ServeConfig) -> None:
     with running_service(config) as url:
         before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            print(
-                f"Serving on {url} (documentation: {url}/docs). Try:\n\n{curl_line(url)}\n\nCtrl-C stops it.",
-                flush=True,
-            )
+            line = curl_line(url, config.require_keys)
+            print(f"Serving on {url} (documentation: {url}/docs). Try:\n\n{line}\n\nCtrl-C stops it.", flush=True)
             while not stop.wait(1.0):
                 pass
         finally:
@@ -221,10 +220,11 @@ def main(config: ServeConfig) -> None:
     print("Stopped.", flush=True)
 
 
-def curl_line(url: str) -> str:
-    """A command that asks the service for a consensus."""
+def curl_line(url: str, keys: bool = False) -> str:
+    """A command that asks the service for a consensus, where ``keys`` are needed with the one in the environment."""
     body = shlex.quote(json.dumps(EXAMPLES[0]))
-    return f"curl -s {url}/v1/consensus -H 'Content-Type: application/json' -d {body}"
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if keys else ""
+    return f"curl -s {url}/v1/consensus{key} -H 'Content-Type: application/json' -d {body}"
 
 
 def _port(host: str, port: int) -> int:

@@ -24,8 +24,8 @@ def render(report: ExperimentReport) -> str:
     state = "running" if report.stopped is None else "stopped"
     lines = [
         f"{report.name} ({report.experiment}), {report.mode}, {state}",
-        f"{report.closed} deliberations closed, {report.pending} pending; "
-        f"may decide from {report.minimum} looks on, ends at {report.maximum}",
+        f"{_many(report.closed, 'deliberation')} closed, {report.pending} pending; "
+        f"may decide from {_many(report.minimum, 'look')} on, ends at {report.maximum}",
         "",
     ]
     if report.hidden is None:
@@ -44,7 +44,7 @@ def _contrast_lines(contrast: Contrast) -> list[str]:
     level = f"{100 * (1 - contrast.alpha):.3g} %"
     lines = [f"{contrast.a} against {contrast.b}: {contrast.decision}"]
     if contrast.decided_after is not None:
-        lines[0] += f", after {contrast.decided_after} looks"
+        lines[0] += f", after {_many(contrast.decided_after, 'look')}"
     lines.append(f"  {_measure_line(contrast.primary)}  (decides; bounds hold at every look, {level})")
     lines += [f"  {_measure_line(measure)} (Holm)" for measure in contrast.secondary]
     once = _bounds(contrast.fixed.mean, contrast.fixed.low, contrast.fixed.high)
@@ -63,7 +63,11 @@ def _contrast_lines(contrast: Contrast) -> list[str]:
 def _measure_line(measure: MeasureReport) -> str:
     bounds = _bounds(measure.mean, measure.low, measure.high)
     evidence = "" if measure.e_value is None else f", e = {measure.e_value:.3g}, p = {measure.p_value:.2g}"
-    return f"{measure_title(measure.name)}: {bounds}{evidence}, {measure.deliberations} looks"
+    return f"{measure_title(measure.name)}: {bounds}{evidence}, {_many(measure.deliberations, 'look')}"
+
+
+def _many(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
 
 
 def _bounds(mean: float | None, low: float | None, high: float | None) -> str:
@@ -73,6 +77,8 @@ def _bounds(mean: float | None, low: float | None, high: float | None) -> str:
 
 
 def _ratio_lines(ratio: RatioReport) -> list[str]:
+    if not any(ratio.counts.values()):
+        return [f"Assignment, {ratio.what}: nothing to check yet"]
     counts = ", ".join(f"{name} {n} of {ratio.expected[name]:.1f} expected" for name, n in ratio.counts.items())
     return [f"Assignment, {ratio.what}: {counts}; p = {ratio.p_value:.3g}{' ALERT' * ratio.alert}"]
 
@@ -88,8 +94,8 @@ def _sign_lines(report: ExperimentReport) -> list[str]:
 
 
 def _sign(found: SignReport, positive: str, negative: str) -> str:
-    counts = f"{positive} in {found.positive} deliberations, {negative} in {found.negative}, neither in {found.ties}"
-    return f"{counts}; p = {found.p_value:.3g}{' ALERT' * found.alert}"
+    counts = f"{positive} in {_many(found.positive, 'deliberation')}, {negative} in {found.negative}"
+    return f"{counts}, neither in {found.ties}; p = {found.p_value:.3g}{' ALERT' * found.alert}"
 
 
 def _arm_line(arm: ArmReport) -> str:

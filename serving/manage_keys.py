@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from deliberation.types import InputError
 from serving.config import ServeConfig
 from serving.keys import CONSENSUS, DEFAULT_RATE, Key, create_key, list_keys, revoke_key
-from serving.store import open_store
+from serving.store import check_there, open_store
 
 ACTIONS = ("create", "list", "revoke")
 
@@ -42,6 +42,8 @@ class KeysConfig:
 
 def main(config: KeysConfig) -> None:
     """Do it, and print what there is to know."""
+    if config.action != "create":
+        check_there(config.database)
     engine = open_store(config.database)
     if config.action == "create":
         key, secret = create_key(engine, config.name, tuple(config.scopes), config.rate_per_minute)
@@ -50,7 +52,10 @@ def main(config: KeysConfig) -> None:
         revoke_key(engine, config.id)
         print(f"{config.id} is revoked; processes that know it forget it within seconds.")
     else:
-        print("\n".join(map(_line, list_keys(engine))) or "no keys yet; consensus keys create --name NAME")
+        print(
+            "\n".join(map(_line, list_keys(engine)))
+            or f"no keys in {config.database} yet; consensus keys create --name NAME"
+        )
 
 
 def _line(key: Key) -> str:

@@ -43,7 +43,7 @@ KINDS = {
     "not-found": Kind(404, "Nothing there"),
     "method-not-allowed": Kind(405, "Wrong method"),
     "in-progress": Kind(409, "A request with this idempotency key is in progress", retryable=True),
-    "precondition-failed": Kind(412, "Somebody changed it meanwhile"),
+    "precondition-failed": Kind(412, "It is not the version that was sent"),
     "too-large": Kind(413, "Body too large"),
     "idempotency-mismatch": Kind(422, "Idempotency key of another request"),
     "wrong-state": Kind(422, "Not possible in this state"),

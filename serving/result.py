@@ -75,10 +75,11 @@ class WelfareUsed:
 
 @dataclass(frozen=True)
 class Versions:
-    """Which models answered: the policy's name, and short SHA-256 prints of both models' weights."""
+    """Which models answered: their names, and short SHA-256 prints of their weights."""
 
     policy: str
     policy_weights: str
+    preference_model: str
     preference_model_weights: str
 
 

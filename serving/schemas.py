@@ -182,8 +182,11 @@ class VersionsOut(Schema):
     policy_weights: str
     """Short SHA-256 of its weights."""
 
+    preference_model: str
+    """Name of the preference model."""
+
     preference_model_weights: str
-    """Short SHA-256 of the preference model's weights."""
+    """Short SHA-256 of its weights."""
 
 
 class ConsensusResponse(Schema):
@@ -223,7 +226,7 @@ class ConsensusResponse(Schema):
     """Members whose opinions the policy did not read, for want of room; they were scored all the same."""
 
     versions: VersionsOut
-    """Name of the policy, and prints of both models' weights."""
+    """Names of both models, and prints of their weights."""
 
     seed: int
     """Send it again to get the same answer."""

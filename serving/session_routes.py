@@ -45,6 +45,7 @@ from serving.session_schemas import (
     WriteOpinion,
 )
 from serving.sessions import (
+    CLOSED,
     GENERATING,
     INVITE_PREFIX,
     MEMBER_PREFIX,
@@ -110,6 +111,10 @@ class Hall:
         """The deliberation as a member sees it."""
         row, version, text = self.sessions.about(member)
         deliberation = self.sessions.get(member.deliberation)
+        shown, ratings = self.ballots.shown(member), self.ballots.mine(member)
+        # Whoever knows the machine's choice would rate it as such
+        done = deliberation.state == CLOSED or {c.id for c in shown} <= {rating.candidate for rating in ratings}
+        told = done and deliberation.experiment is None
         return Me(
             member=member.id,
             alias=row.alias,
@@ -119,11 +124,8 @@ class Hall:
             round=deliberation.round,
             opinion=text,
             version=version,
-            candidates=[
-                CandidateShown(id=c.id, statement=c.statement, winner=c.winner and deliberation.experiment is None)
-                for c in self.ballots.shown(member)
-            ],
-            ratings=[RatingOut(**vars(rating)) for rating in self.ballots.mine(member)],
+            candidates=[CandidateShown(id=c.id, statement=c.statement, winner=told and c.winner) for c in shown],
+            ratings=[RatingOut(**vars(rating)) for rating in ratings],
         )
 
 

@@ -165,7 +165,8 @@ class CandidateShown(Schema):
     """Its text, written by a language model."""
 
     winner: bool
-    """Whether it is the one with the highest predicted welfare; false for all in an experiment."""
+    """Whether it is the one with the highest predicted welfare: told once the member has rated all of them, or the
+    deliberation is closed; in an experiment never."""
 
 
 class RatingOut(Schema):

@@ -52,6 +52,17 @@ def connect(url: str) -> Engine:
         raise InputError("database", url, f"{error}; write a URL like sqlite:///runs/service.db") from error
 
 
+def check_there(url: str) -> None:
+    """Refuse an SQLite file that is not there, where nothing is to be made anew.
+
+    Raises:
+        InputError: field ``database``.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).is_file():
+        raise InputError("database", url, "no such file; go to where the service runs, or name its database")
+
+
 def check_nodes(url: str, nodes: int) -> None:
     """Refuse a file as the database of a cluster: every node would write one of its own.
 

@@ -253,6 +253,10 @@ async def test_other_errors_are_not_tried_again(error):
     assert method.outcomes == [3]
 
 
+def test_the_curl_line_sends_a_key_where_one_is_needed():
+    assert "Bearer $CONSENSUS_API_KEY" in curl_line("http://127.0.0.1:8000", keys=True)
+
+
 def test_the_curl_line_is_a_good_request():
     words = shlex.split(curl_line("http://127.0.0.1:8000"))
     assert words[:3] == ["curl", "-s", "http://127.0.0.1:8000/v1/consensus"]
@@ -325,7 +329,7 @@ def receiver():
 
 
 @pytest.mark.slow
-def test_serve_runs_until_interrupted_and_leaves_nothing(folders, tmp_path, receiver):
+def test_serve_runs_until_its_group_is_told_to_end_and_leaves_nothing(folders, tmp_path, receiver):
     temporary = tmp_path / "t"
     temporary.mkdir()
     short = Path("/tmp") / f"s{os.getpid()}"  # Ray's socket names must be short
@@ -342,6 +346,7 @@ def test_serve_runs_until_interrupted_and_leaves_nothing(folders, tmp_path, rece
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        process_group=0,
     )
     try:
         assert process.stdout is not None
@@ -352,7 +357,9 @@ def test_serve_runs_until_interrupted_and_leaves_nothing(folders, tmp_path, rece
         assert counts["prompt"] > counts["completion"] > 0
         kill_proxy(process.pid)
         assert seconds_until_back(url) < 15  # it would be half a minute with Ray's own settings
-        process.send_signal(signal.SIGINT)
+        os.killpg(
+            process.pid, signal.SIGTERM
+        )  # as `timeout` does: Ray must not hear of it before the service has stopped
         assert process.wait(timeout=60) == 0
         assert "Stopped." in process.stdout.read()
     finally:

@@ -92,7 +92,10 @@ def test_bad_experiments_are_refused_by_field(client, field, change):
     assert client.get(PATH).json() == {"experiments": []}
 
 
-def test_the_example_of_the_page_is_taken_as_it_stands(client):
+def test_the_example_of_the_page_is_taken_as_it_stands(config):
+    services = StubServices()
+    services.policies = ("default", "ppo")
+    client = TestClient(make_app(services, config))
     page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     made = client.post(PATH, json=yaml.safe_load(example))

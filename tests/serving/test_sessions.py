@@ -109,8 +109,8 @@ def test_a_deliberation_from_question_to_report(room):
     seen = [room.me(k)["candidates"] for k in range(3)]
     names = {c["id"] for c in seen[0]}
     assert len(names) == 4 and all({c["id"] for c in one} == names for one in seen)
-    assert len({c["statement"] for c in seen[0]}) == 4 and sum(c["winner"] for c in seen[0]) == 1
-    best = next(c["id"] for c in seen[0] if not c["winner"])
+    assert len({c["statement"] for c in seen[0]}) == 4
+    best = seen[0][0]["id"]
     for k, agreement in enumerate((7, 5, 6)):
         assert room.rate(k, best, agreement, 4).json() == {
             "candidate": best, "agreement": agreement, "quality": 4, "version": 1,
@@ -133,9 +133,20 @@ def test_members_see_candidates_in_orders_of_their_own_and_always_the_same(clien
     assert orders == [[c["id"] for c in room.me(k)["candidates"]] for k in range(3)]
 
 
-def test_a_member_sees_neither_policy_nor_prediction(room):
+def test_a_member_sees_neither_policy_nor_prediction_before_rating(room):
+    def told(member):
+        return [c["id"] for c in room.me(member)["candidates"] if c["winner"]]
+
     room.generate()
+    names = [c["id"] for c in room.me(0)["candidates"]]
     assert set(room.me(0)["candidates"][0]) == {"id", "statement", "winner"}
+    for name in names[:-1]:
+        room.rate(0, name, 4)
+    assert told(0) == told(1) == []
+    room.rate(0, names[-1], 4)
+    assert len(told(0)) == 1 and told(1) == []  # each by their own ratings
+    room.do("close")
+    assert told(1) == told(0)
 
 
 def test_opinions_are_changed_until_they_are_frozen(room):
@@ -279,6 +290,8 @@ def test_a_critique_round_reads_opinions_winner_and_critiques(services, room):
 
     services.sampler = spy
     room.generate()
+    for candidate in room.me(0)["candidates"]:
+        room.rate(0, candidate["id"], 4)
     winner = next(c for c in room.me(0)["candidates"] if c["winner"])
     assert kind(room.do("revise")) == "wrong-state"  # nothing to revise by
     for text in ("Too long.", "It forgets coffee."):
