@@ -234,6 +234,7 @@ def best_of_n(
     welfare: str | float = "nash",
     seed: int = 0,
     policy: str = "default",
+    preference_model: str = "default",
     uncertainty_penalty: float = 0.0,
     reshuffle: bool = True,
 ) -> Consensus:
@@ -253,6 +254,7 @@ def best_of_n(
             welfare=welfare,
             seed=seed,
             policy=policy,
+            preference_model=preference_model,
             uncertainty_penalty=uncertainty_penalty,
             reshuffle=reshuffle,
         ),

@@ -286,7 +286,8 @@ def test_served_answer_is_the_librarys_candidate_for_candidate_and_score_for_sco
             status, headers, served = ask(url, body=body, headers=[("X-Request-Id", "my-id")])
             assert status == 200
             assert headers.get_all("x-request-id") == ["my-id"]
-            here = best_of_n(sampler, judge, REQUEST["question"], OPINIONS, n=8, seed=3, policy=policy)
+            names = {"policy": policy, "preference_model": name}
+            here = best_of_n(sampler, judge, REQUEST["question"], OPINIONS, n=8, seed=3, **names)
             assert served == json.loads(json.dumps(asdict(here)))
         # Errors found in the ingress, in a deployment, and by the router.
         status, headers, problem = ask(url, body={**REQUEST, "n": 0})
