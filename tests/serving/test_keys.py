@@ -169,3 +169,11 @@ def test_acknowledged_writes_survive_a_crash_of_the_machine(sqlite_url, tmp_path
     assert pragma == {"journal_mode": "wal", "synchronous": 2}
     create_key(engine, "anna")
     assert sqlite3.connect(tmp_path / "store/service.db").execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_listing_keys_makes_no_database(tmp_path, capsys):
+    place = tmp_path / "none.db"
+    for words in (["list"], ["revoke", "--id", "key_1"]):
+        assert cli.main(["keys", *words, "--database", f"sqlite:///{place}"]) == 2
+        assert "no such file" in capsys.readouterr().err
+    assert not place.exists()
