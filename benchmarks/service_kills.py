@@ -44,7 +44,7 @@ REPLICAS = 3
 KILL_EVERY_S = 3.0
 RATE, THREADS = 2.0, 8
 """Requests a second, and how many may be under way, of each kind of traffic."""
-CALM_S, OVERLOAD_S, OVERLOAD_THREADS = 10.0, 15.0, 160
+CALM_S, OVERLOAD_S, OVERLOAD_THREADS = 10.0, 15.0, 96
 OVERLOAD_N = 16
 """Candidates of a request of the overload: one machine could not send ten times the smaller ones it answers."""
 NORMAL = 2.0
