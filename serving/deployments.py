@@ -41,7 +41,7 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a lost HTTP proxy is back in seconds, by default in half a minute
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3",
     "RAY_SERVE_PROXY_USE_GRPC": "1",  # the way of serving.remote's calls, for the proxy's too
-    # One thread a replica, whose code waits and does not compute: a tenth less latency than with three
+    # One thread a replica, whose code waits and does not compute: no hand-over between three
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_worker_niceness": "0",  # 15 by default: on a busy machine a model then takes minutes to load

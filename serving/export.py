@@ -23,7 +23,7 @@ from serving.store import open_store, reading
 from serving.tables import candidates, deliberations, experiments, exposures, members, opinions, ratings
 
 PAGE = 5000
-"""Rows in memory at a time, and in one transaction."""
+"""Ratings in memory at a time."""
 
 
 def export_rows(engine: Engine, after: int = 0, page: int = PAGE) -> Iterator[dict[str, Any]]:
