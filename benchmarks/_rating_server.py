@@ -17,8 +17,8 @@ import numpy as np
 import uvicorn
 
 from serving.api import make_app
-from serving.best_of_n import Draft, Judgement, Order
 from serving.config import ServeConfig
+from serving.exchange import Draft, Judgement, Order
 
 
 class Instant:

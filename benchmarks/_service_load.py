@@ -145,11 +145,8 @@ def replicas() -> list[tuple[str, int]]:
 
 
 def proxy_pid() -> int:
-    """The HTTP proxy of a Ray that this process started."""
-    (pid,) = (
-        child.pid for child in psutil.Process().children(recursive=True) if "ProxyActor" in "".join(_words(child))
-    )
-    return pid
+    """HAProxy, of a Ray that this process started: what clients are connected to."""
+    return max(one.pid for one in psutil.Process().children(recursive=True) if one.name() == "haproxy")
 
 
 def _words(process: psutil.Process) -> list[str]:

@@ -42,8 +42,9 @@ from deliberation.questions import load_questions
 from evaluation.gold import CitizenGold, held_out_groups
 from evaluation.measures import bootstrap_counts, mean_estimates, wilson_interval
 from reward.welfare import welfare
-from serving.best_of_n import Judge, Plan, Sampler, answer, make_plan
+from serving.best_of_n import Plan, answer, make_plan
 from serving.config import ServeConfig
+from serving.exchange import Judge, Sampler
 from serving.influence import influence_of, without
 from serving.local import LocalJudge, LocalSampler
 from serving.result import Consensus

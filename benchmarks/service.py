@@ -34,10 +34,11 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 
 from reward.actor import local_ray
-from serving.best_of_n import Draft, Judgement
 from serving.config import ServeConfig
-from serving.deployments import RAY_ENVIRONMENT, running_service
+from serving.deployments import running_service
+from serving.exchange import Draft, Judgement
 from serving.ingress import Api
+from serving.own_ray import serving_settings
 from serving.replicas import OPTIONS
 
 QUESTION = "Should school meals be free for all children?"
@@ -86,9 +87,7 @@ def body(number: int) -> dict[str, Any]:
 def overhead(database: str, requests: int, rate: float) -> dict[str, Any]:
     """Latency at a steady rate, models that take no time, milliseconds."""
     config = ServeConfig(database=database, port=_free_port())
-    for name, value in RAY_ENVIRONMENT.items():  # as running_service starts it
-        os.environ.setdefault(name, value)
-    with local_ray():
+    with serving_settings(), local_ray():  # as running_service starts it
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
         application = Api.bind({"default": NoPolicy.bind()}, {"default": NoReward.bind()}, config)  # type: ignore[attr-defined]
         serve.run(application, name="overhead", route_prefix="/")

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from deliberation.types import InputError
-from serving.best_of_n import AsyncJudge, AsyncSampler, Judgement, Plan, choose, readable, statements
+from serving.best_of_n import Plan, choose, readable, statements
+from serving.exchange import AsyncJudge, AsyncSampler, Judgement
 from serving.metrics import Metrics
 from serving.result import Consensus
 from serving.tracing import note, stage_span

@@ -6,9 +6,8 @@ deployment handle (``serving.remote``); ``serving.answering`` does what ``answer
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,95 +16,14 @@ from deliberation.prompts import clean_statement
 from deliberation.types import Deliberation, InputError
 from reward.welfare import ALPHAS, LOWEST_UTILITY, check_uncertainty_penalty, lower_utilities, welfare
 from serving.checks import MAX_WAITING_MEMBERS, check_count, check_readable, check_seed, welfare_used
-from serving.result import Candidate, Consensus, MemberView, Versions, WelfareUsed, Winner
-
-RATINGS = np.arange(1, 8)
-
-PARTS = 8
-"""Parts of a group that take turns in not being read: with 16 samples, one is left without each of them."""
-
-TURN = 4
-"""Samples that share an order of the opinions, but for the parts that two of them go without."""
+from serving.exchange import Draft, Judge, Judgement, Order, Sampler
+from serving.orders import draw_orders
+from serving.result import Candidate, Consensus, Versions, WelfareUsed, Winner
+from serving.views import member_view, warnings_of
 
 
 class NoStatement(RuntimeError):
     """The policy wrote nothing but empty statements: a fault of the policy, not of the request."""
-
-
-# --- what the models exchange with the core -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Order:
-    """One prompt to sample from: the members in the order the policy reads them, how many samples, their seed."""
-
-    members: tuple[int, ...]
-    count: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Draft:
-    """What a sampler returns for one ``Order``.
-
-    Attributes:
-        texts: ``count`` completions, not yet cleaned.
-        finished: for each, whether the policy ended it itself.
-        shown: the members whose opinions the prompt held, a leading part of the order.
-        version: print of the policy's weights.
-        prompt_tokens: of the prompt, once for all samples; 0 where a server does not say.
-        completion_tokens: of all samples together, the ends included; the same.
-    """
-
-    texts: tuple[str, ...]
-    finished: tuple[bool, ...]
-    shown: tuple[int, ...]
-    version: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a judge returns: plain arrays, so that nothing but numpy is needed to read it.
-
-    Attributes:
-        raw: preference-model scores, [members, statements] float32.
-        utilities: expected ratings in [1, 7], same shape.
-        probabilities: P(rating = 1..7), [members, statements, 7].
-        version: print of the preference model's weights.
-        sd: standard deviations of the utilities, [members, statements]; None without an ensemble.
-    """
-
-    raw: NDArray
-    utilities: NDArray
-    probabilities: NDArray
-    version: str
-    sd: NDArray | None = None
-
-
-class Sampler(Protocol):
-    """A policy in this process."""
-
-    def sample(self, question: str, opinions: Sequence[str], orders: Sequence[Order]) -> list[Draft]: ...
-
-
-class Judge(Protocol):
-    """A preference model in this process."""
-
-    def judge(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Judgement: ...
-
-
-class AsyncSampler(Protocol):
-    """A policy somewhere else."""
-
-    def sample(self, question: str, opinions: Sequence[str], orders: Sequence[Order]) -> Awaitable[list[Draft]]: ...
-
-
-class AsyncJudge(Protocol):
-    """A preference model somewhere else."""
-
-    def judge(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Awaitable[Judgement]: ...
 
 
 # --- the plan -------------------------------------------------------------------------------------------------
@@ -175,50 +93,6 @@ def make_plan(
     penalty = check_uncertainty_penalty(uncertainty_penalty)
     used = welfare_used(welfare)
     return Plan(question, texts, n, used, seed, policy, preference_model, penalty, orders, places, influence)
-
-
-def draw_orders(
-    members: int, n: int, seed: int, reshuffle: bool
-) -> tuple[tuple[Order, ...], tuple[tuple[int, ...], ...]]:
-    """Orders to sample from and the candidate indices each fills; see ``Plan``.
-
-    With ``reshuffle``, no place in a prompt and no single opinion weighs on all samples: every ``TURN`` samples have an
-    order of their own, and from three members on every second sample goes without a part of the group, one part after
-    the other. All are among the judges all the same. So whatever a member writes, there are statements written by the
-    others alone to choose from; what that costs and what it keeps out: ``benchmarks/injection.py``.
-
-    The parts that samples of a turn go without come last in its order: their prompts begin alike, and a policy in this
-    process reads what they share once.
-    """
-    draws = np.random.default_rng(seed)
-    if not reshuffle:
-        return (Order(_permutation(draws, members), n, seed),), (tuple(range(n)),)
-    turns = _permutation(draws, members)
-    parts = [turns[k::PARTS] for k in range(min(members, PARTS))] if members > 2 else [()]
-    places: dict[tuple[int, ...], list[int]] = {}
-    for first in range(0, n, TURN):
-        unread = [parts[i // 2 % len(parts)] if i % 2 else () for i in range(first, first + TURN)]
-        order = _late(draws, members, [part for part in unread if part])
-        for i in range(first, min(n, first + TURN)):
-            places.setdefault(tuple(m for m in order if m not in unread[i - first]), []).append(i)
-    # Every order has its own seed, or all of them would draw the same random numbers.
-    orders = tuple(Order(order, len(at), _sub_seed(seed, at[0])) for order, at in places.items())
-    return orders, tuple(tuple(at) for at in places.values())
-
-
-def _late(draws: np.random.Generator, members: int, parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """A random order of all members in which some parts of the group come last, in random order too."""
-    last = [parts[k] for k in _permutation(draws, len(parts))]
-    place = {member: 1 + k for k, part in enumerate(last) for member in part}
-    return tuple(sorted(_permutation(draws, members), key=lambda member: place.get(member, 0)))
-
-
-def _permutation(draws: np.random.Generator, members: int) -> tuple[int, ...]:
-    return tuple(int(i) for i in draws.permutation(members))
-
-
-def _sub_seed(seed: int, index: int) -> int:
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 11)
 
 
 # --- the core -------------------------------------------------------------------------------------------------
@@ -366,53 +240,3 @@ def _candidates(
         )
         for i in range(plan.n)
     )
-
-
-def member_view(member: int, probabilities: NDArray, shown: bool) -> MemberView:
-    """One member's predicted rating from P(rating = 1..7), shape [7]."""
-    p = np.asarray(probabilities, dtype=np.float64)
-    mean = float(p @ RATINGS)
-    disagree = float(p[:3].sum())
-    return MemberView(
-        member=member,
-        agreement=mean,
-        sd=float(np.sqrt(p @ (RATINGS - mean) ** 2)),
-        low=rating_quantile(p, 0.05),
-        high=rating_quantile(p, 0.95),
-        disagree=disagree,
-        dissents=disagree > 0.5,
-        shown=shown,
-    )
-
-
-def rating_quantile(probabilities: NDArray, level: float) -> int:
-    """Smallest rating k with P(rating <= k) >= level (up to 1e-9 of rounding); P has shape [7], level in (0, 1)."""
-    return int(np.argmax(np.cumsum(probabilities) >= level - 1e-9)) + 1
-
-
-def warnings_of(
-    candidates: Sequence[Candidate],
-    best: int,
-    members: Sequence[MemberView],
-    not_shown: Sequence[int],
-    uncertainty_penalty: float = 0.0,
-) -> tuple[str, ...]:
-    """What a caller should know before using the statement, as sentences."""
-    warnings = []
-    distinct = {c.statement for c in candidates if c.statement}
-    empty = sum(not c.statement for c in candidates)
-    if not candidates[best].finished:
-        warnings.append("The chosen statement was cut off at the token limit.")
-    if empty:
-        warnings.append(f"{empty} of {len(candidates)} candidates are empty.")
-    if len(distinct) < len(candidates) - empty:
-        warnings.append(f"Only {len(distinct)} of {len(candidates)} candidates are distinct.")
-    if not_shown:
-        warnings.append(f"{len(not_shown)} opinions did not fit the policy's context; they were scored, not read.")
-    if uncertainty_penalty:
-        lowered = f"Welfare counts every utility lowered by {uncertainty_penalty:g} standard deviations."
-        warnings.append(lowered)
-    dissenters = sum(m.dissents for m in members)
-    if 2 * dissenters >= len(members):
-        warnings.append(f"{dissenters} of {len(members)} members likely disagree: this is no consensus.")
-    return tuple(warnings)

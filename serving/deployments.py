@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import signal
 import socket
@@ -18,6 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import yaml
 from ray import serve
 from ray.serve.config import HTTPOptions
@@ -30,23 +30,13 @@ from reward.preference import check_ensemble
 from serving.ask import KEY_VARIABLE
 from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL, ServeConfig, server_of
 from serving.ingress import Api, check_database
+from serving.own_ray import serving_settings
 from serving.replicas import Policy, Reward, ServerPolicy
 from serving.schemas import EXAMPLES
 
 APPLICATION = "consensus"
 CALIBRATION = "calibration.json"
 READY_TIMEOUT_S = 120.0
-
-RAY_ENVIRONMENT = {
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a lost HTTP proxy is back in seconds, by default in half a minute
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3",
-    "RAY_SERVE_PROXY_USE_GRPC": "1",  # the way of serving.remote's calls, for the proxy's too
-    # One thread a replica, whose code waits and does not compute: no hand-over between three
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_worker_niceness": "0",  # 15 by default: on a busy machine a model then takes minutes to load
-}
-"""Settings of a Ray of our own, read when it starts: one that runs already keeps its own."""
 
 
 # --- the application ------------------------------------------------------------------------------------------
@@ -187,9 +177,8 @@ def running_service(config: ServeConfig) -> Iterator[str]:
     """
     application = build(config)
     config = replace(config, port=_port(config.host, config.port))
-    for name, value in RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    with local_ray():
+    ours = not ray.is_initialized()
+    with serving_settings(), local_ray():
         check_database(config)  # Serve would only say that Api does not start
         timeout = config.request_timeout_s + 10  # the ingress answers 504 first, in our words
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=timeout))
@@ -200,7 +189,9 @@ def running_service(config: ServeConfig) -> Iterator[str]:
             _wait_until_ready(url)
             yield url
         finally:
-            serve.delete(APPLICATION)  # shutdown() would end other applications too; our own Ray ends with Serve
+            serve.delete(APPLICATION)
+            if ours:
+                serve.shutdown()  # ends HAProxy, which is no process of Ray's; where Ray ran it would end others' too
 
 
 def main(config: ServeConfig) -> None:

@@ -17,8 +17,9 @@ from sqlalchemy import Row
 
 from serving import trials
 from serving.answering import Report, Services, carry_out
-from serving.best_of_n import AsyncJudge, AsyncSampler, Draft, Order, make_plan
+from serving.best_of_n import make_plan
 from serving.config import ServeConfig
+from serving.exchange import AsyncJudge, AsyncSampler, Draft, Order
 from serving.experiments import Arm
 from serving.metrics import Metrics
 from serving.problems import Overloaded, problem_of

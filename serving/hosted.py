@@ -9,8 +9,8 @@ import torch
 
 from deliberation.prompts import statement_prompt
 from rl.policy import sample
-from serving.best_of_n import Draft, Judgement, Order
 from serving.config import Sampling
+from serving.exchange import Draft, Judgement, Order
 from serving.local import LocalJudge, LocalSampler
 
 torch.set_num_threads(1)

@@ -14,7 +14,8 @@ from dataclasses import replace
 import numpy as np
 
 from reward.welfare import welfare
-from serving.best_of_n import Judge, Plan, Sampler, answer
+from serving.best_of_n import Plan, answer
+from serving.exchange import Judge, Sampler
 from serving.result import Consensus, Influence
 
 CONCURRENT = 2

@@ -18,8 +18,8 @@ from reward.preference import PreferenceModel, check_ensemble, fingerprint
 from reward.prefix_cache import PrefixCache
 from reward.scoring import score
 from rl.policy import load_policy, sample
-from serving.best_of_n import Draft, Judgement, Order
 from serving.config import Sampling, ServeConfig
+from serving.exchange import Draft, Judgement, Order
 
 
 class LocalSampler:

@@ -13,8 +13,8 @@ import httpx
 
 from deliberation.prompts import statement_prompt
 from deliberation.types import InputError
-from serving.best_of_n import Draft, Order
 from serving.config import Sampling, Server
+from serving.exchange import Draft, Order
 
 KEY_VARIABLE = "CONSENSUS_POLICY_KEY"
 """Environment variable with the server's API key, where it wants one."""

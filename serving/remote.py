@@ -12,7 +12,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from deliberation.types import InputError
-from serving.best_of_n import Draft, Judgement, Order
+from serving.exchange import Draft, Judgement, Order
 from serving.problems import Overloaded
 from serving.worker import Busy, Refusal
 
@@ -52,8 +52,8 @@ async def call(method: Any, *args: Any) -> Any:
 
 def _direct(handle: DeploymentHandle) -> DeploymentHandle:
     """The handle with calls that go straight to a replica's own gRPC server, which asks for Ray's token where Ray has
-    one, instead of through Ray's object store."""
-    return handle.options(_by_reference=False)
+    one, instead of through Ray's object store; nothing in them needs Ray's slower pickle of functions."""
+    return handle.options(_by_reference=False, request_serialization="pickle", response_serialization="pickle")
 
 
 class RemoteSampler:

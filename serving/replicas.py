@@ -12,8 +12,8 @@ from typing import Any
 from ray import serve
 
 from deliberation.types import InputError
-from serving.best_of_n import Draft, Judgement, Order
 from serving.config import Sampling, Server
+from serving.exchange import Draft, Judgement, Order
 from serving.nursery import ModelLost, ModelProcess
 from serving.openai_policy import ServerBusy, ServerSampler
 from serving.worker import Busy, Refusal, Worker
@@ -23,6 +23,7 @@ OPTIONS: dict[str, Any] = {
     "health_check_period_s": 1,
     "health_check_timeout_s": 10,
     "graceful_shutdown_wait_loop_s": 0.5,
+    "logging_config": {"enable_access_log": False},  # a line a call and replica; serving.guard writes one a request
 }
 """What every deployment needs and Ray's defaults do not give."""
 

@@ -11,7 +11,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: on a busy core a model then takes minutes to load
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
@@ -41,8 +40,11 @@ def tiny_judge(tiny_tokenizer):
 def ray_cluster():
     """One local Ray a session: 2 CPUs (logical 4), own temp folder, shut down whatever happens."""
     import ray
+    from ray import serve
 
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temp:
+    from serving.own_ray import serving_settings
+
+    with serving_settings(), tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temp:
         ray.init(
             num_cpus=4,
             include_dashboard=False,
@@ -54,4 +56,5 @@ def ray_cluster():
         try:
             yield
         finally:
+            serve.shutdown()  # HAProxy is no process of Ray's
             ray.shutdown()

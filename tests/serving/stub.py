@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 
-from serving.best_of_n import Draft, Judgement
+from serving.exchange import Draft, Judgement
 
 REQUEST = {"question": "Should tea be free?", "opinions": ["Yes, for all.", "No.", "Only green tea."], "n": 4}
 

@@ -12,19 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deliberation.types import MAX_MEMBERS, InputError
-from serving.best_of_n import (
-    PARTS,
-    TURN,
-    Draft,
-    Judgement,
-    NoStatement,
-    best_of_n,
-    draw_orders,
-    make_plan,
-    member_view,
-    rating_quantile,
-)
+from serving.best_of_n import NoStatement, best_of_n, make_plan
 from serving.checks import MAX_CANDIDATES, MAX_SEED
+from serving.exchange import Draft, Judgement
+from serving.orders import PARTS, TURN, draw_orders
+from serving.views import member_view, rating_quantile
 
 in_order = partial(best_of_n, reshuffle=False)  # the samplers below write the candidates in order
 

@@ -368,7 +368,7 @@ def test_serve_runs_until_its_group_is_told_to_end_and_leaves_nothing(folders, t
         short.unlink()
     with pytest.raises(urllib.error.URLError):
         ask(url, "/healthz")
-    assert list(temporary.glob("consensus-*")) == []
+    assert list(temporary.glob("consensus-*")) == list(temporary.glob("haproxy-*")) == []
     deadline = time.monotonic() + 20
     while list(temporary.glob("nursery-*")):  # it looks once a second whether Ray is there
         assert time.monotonic() < deadline
@@ -392,7 +392,9 @@ def tokens_counted(url):
 
 def kill_proxy(pid):
     """SIGKILL the HTTP proxy among the process's descendants."""
-    (proxy,) = (one for one in psutil.Process(pid).children(recursive=True) if "ProxyActor" in one.cmdline()[:1][0])
+    proxy = max(
+        (one for one in psutil.Process(pid).children(recursive=True) if one.name() == "haproxy"), key=lambda p: p.pid
+    )
     proxy.kill()
     proxy.wait()
 

@@ -14,9 +14,10 @@ from deliberation.types import InputError
 from reward.preference import Calibration, PreferenceModel
 from reward.welfare import welfare
 from serving.answering import carry_out
-from serving.best_of_n import Draft, Judgement, NoStatement, answer, make_plan
+from serving.best_of_n import NoStatement, answer, make_plan
 from serving.checks import MAX_WAITING_MEMBERS
 from serving.config import Sampling
+from serving.exchange import Draft, Judgement
 from serving.influence import CONCURRENT, add_influence, answer_with_influence, without
 from serving.local import LocalJudge, LocalSampler, LocalServices
 from serving.metrics import ProcessMetrics

@@ -10,9 +10,10 @@ from deliberation.prompts import statement_prompt
 from deliberation.types import InputError
 from reward.preference import Calibration, PreferenceModel, fingerprint
 from rl.policy import sample
-from serving.best_of_n import best_of_n, draw_orders
+from serving.best_of_n import best_of_n
 from serving.config import Sampling
 from serving.local import LocalJudge, LocalSampler
+from serving.orders import draw_orders
 
 from tiny import make_judge, make_policy, make_tokenizer
 

@@ -16,8 +16,8 @@ import torch
 
 from reward.preference import Calibration, PreferenceModel
 from serving import nursery
-from serving.best_of_n import Order
 from serving.config import Sampling
+from serving.exchange import Order
 from serving.hosted import HostedJudge, HostedPolicy
 from serving.nursery import ModelProcess
 
@@ -85,7 +85,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path, monkeypatch):
 REPLICA = """
 import json, sys
 from deliberation.types import InputError
-from serving.best_of_n import Order
+from serving.exchange import Order
 from serving.config import Sampling
 from serving.nursery import ModelLost, ModelProcess
 

@@ -15,10 +15,11 @@ from openai_server import CONTEXT_CHARS, KEY, MODEL
 from deliberation.types import InputError
 from reward.preference import Calibration, PreferenceModel
 from serving import openai_policy
-from serving.best_of_n import choose, draw_orders, make_plan, readable, statements
+from serving.best_of_n import choose, make_plan, readable, statements
 from serving.config import Sampling, ServeConfig, Server, server_of
 from serving.local import LocalJudge
 from serving.openai_policy import ServerBusy, ServerFault, ServerSampler, defused
+from serving.orders import draw_orders
 
 from tiny import make_judge, make_tokenizer
 

@@ -10,8 +10,8 @@ from test_sessions import PATH, Room
 
 from deliberation.types import InputError
 from serving.api import make_app
-from serving.best_of_n import Draft, Judgement
 from serving.config import ServeConfig
+from serving.exchange import Draft, Judgement
 
 BRIEF, LONG = "Tea.", "Tea for all of us."
 
