@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from deliberation.types import InputError
+from rl.gathering import load_whole, shares_weights
 from rl.processes import check_processes, check_sharding
 
 
@@ -166,6 +167,8 @@ class PPOConfig(TrainingArguments):
         super().__post_init__()
         check_processes(self)
         check_sharding(self)
+        if shares_weights(self):
+            load_whole()
         self.check_ppo_keys(self.world_size)
 
     def check_ppo_keys(self, processes: int) -> None:

@@ -36,13 +36,13 @@ def check_sharding(args: Any) -> None:
         InputError: naming the key.
     """
     if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        mend = "is not supported: a process samples from the whole policy; use DDP, or DeepSpeed ZeRO-2"
+        mend = "is not supported: with bf16 it would round log-probabilities; use DeepSpeed ZeRO-3, or ZeRO-2 or DDP"
         raise InputError("fsdp", args.fsdp or "from accelerate launch", mend)
     if args.deepspeed_plugin is None:
         return
     settings, stage = args.deepspeed_plugin.hf_ds_config.config, args.deepspeed_plugin.zero_stage
-    if stage != 2:
-        mend = "must be 2: a process samples from the whole policy, so only gradients and optimiser can be shared out"
+    if stage not in (2, 3):
+        mend = "must be 2 (gradients and optimiser are shared out) or 3 (the weights too, outside sampling)"
         raise InputError("deepspeed: zero_optimization.stage", stage, mend)
     for key in ("optimizer", "scheduler"):  # DeepSpeed's own would know nothing of value_learning_rate
         if key in settings:
@@ -58,13 +58,3 @@ def check_sharding(args: Any) -> None:
     if args.value_warmup_updates:
         mend = "must be 0 with DeepSpeed, which steps the policy's optimiser state too"
         raise InputError("value_warmup_updates", args.value_warmup_updates, mend)
-
-
-def set_parameter(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Give ``parameter`` another value; DeepSpeed's copy of it, which the next step starts from, too."""
-    with torch.no_grad():
-        parameter.copy_(value)
-    if hasattr(parameter, "set_full_hp_param"):
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(parameter, value)

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from rl import metrics as numbers
 from rl.checkpoints import PART_FOLDER, Preemption, publish, to_resume
+from rl.gathering import whole_weights
 from rl.logs import write_completions
 from rl.rewards import RewardFunctions
 from rl.rollout import Rollout, merge
@@ -187,11 +188,16 @@ class RecordingTrainer(Trainer):
             rotate_checkpoints(str(run), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The policy as ``save_pretrained`` writes it, its tokenizer, and the value model in ``value_model/``."""
-        if not self.args.should_save:  # the Trainer calls this on every process
-            return
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The policy as ``save_pretrained`` writes it, its tokenizer, and the value model in ``value_model/``.
+
+        Whole, by the first process; every process must call it.
+        """
+        with whole_weights(self.model_wrapped):
+            if self.args.should_save:
+                self._write(Path(output_dir if output_dir is not None else self.args.output_dir))
+
+    def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.model.policy.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
@@ -215,5 +221,6 @@ class RecordingTrainer(Trainer):
         self.num_tokens, self.beta = state["num_tokens"], state["beta"]
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        with whole_weights(self.model_wrapped, changes=True):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
         self._load_state(self.state.best_model_checkpoint)

@@ -27,29 +27,15 @@ from deliberation.types import InputError
 from rl import metrics as numbers
 from rl import ppo
 from rl.checkpoints import last_good
+from rl.gathering import add_to_parameter, load_whole, shares_weights, whole_weights
 from rl.inputs import ModelInputs, collate, collate_shared, spread
 from rl.logs import JsonlLog, PromptStream
 from rl.ppo_config import PPOConfig
-from rl.processes import set_parameter
 from rl.recording import RecordingTrainer
 from rl.rewards import RewardFunction, RewardFunctions, Scores, background, merge_scores
 from rl.rollout import Rollout, collect, merge, mini_batches, prompt_seeds
-from rl.setup import (
-    can_share_prefix,
-    check_dataset,
-    check_precision,
-    load,
-    parameter_groups,
-    reference_and_policy,
-)
-from rl.value import (
-    PolicyAndValue,
-    TokenOutputs,
-    check_logits,
-    completion_logprobs,
-    disable_dropout,
-    hidden_states,
-)
+from rl.setup import can_share_prefix, check_dataset, check_precision, load, parameter_groups, reference_and_policy
+from rl.value import PolicyAndValue, TokenOutputs, check_logits, completion_logprobs, disable_dropout, hidden_states
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
@@ -119,6 +105,9 @@ class PPOTrainer(RecordingTrainer):
             processing_class=processing_class,
             callbacks=[JsonlLog(), *(callbacks or [])],
         )
+        if shares_weights(args):
+            load_whole()
+            joint.most_tokens = args.per_device_train_batch_size * args.max_completion_length
         if args.n_gpu > 1:
             raise InputError(
                 "CUDA_VISIBLE_DEVICES",
@@ -162,13 +151,14 @@ class PPOTrainer(RecordingTrainer):
         """One update on the rows ``inputs``; leaves the last optimiser step to the Trainer. Returns the mean loss."""
         args = self.args
         model.train()
-        # 1., 2. sample and score
         first = args.process_index * len(inputs)
         seeds = prompt_seeds(args.seed, self.state.global_step, first, len(inputs))
-        rollout = self._rollout(inputs, args.num_generations, seeds)
-        # 3., 4. log-probabilities, values, advantages
-        with self._timed("logprob"):
-            self._evaluate_tokens(rollout)
+        with whole_weights(model):
+            # 1., 2. sample and score
+            rollout = self._rollout(inputs, args.num_generations, seeds)
+            # 3., 4. log-probabilities, values, advantages
+            with self._timed("logprob"):
+                self._evaluate_tokens(rollout)
         if self.state.global_step == 0 and args.init_value_to_reward:
             self._shift_values(rollout)
         self._compute_advantages(rollout)
@@ -277,7 +267,8 @@ class PPOTrainer(RecordingTrainer):
     def _reference_logprobs(self, inputs: ModelInputs) -> Tensor:
         policy = self.model.policy if self.ref_model is None else self.ref_model
         with policy.disable_adapter() if self.ref_model is None else contextlib.nullcontext():
-            return completion_logprobs(policy, hidden_states(policy, inputs), inputs.targets, self.args.temperature)[0]
+            known = (inputs.targets, self.args.temperature, self.model.most_tokens)
+            return completion_logprobs(policy, hidden_states(policy, inputs), *known)[0]
 
     def _shift_values(self, rollout: Rollout) -> None:
         """Move the head's bias, and the rollout's values, so that the mean value is the mean of what it predicts."""
@@ -289,7 +280,7 @@ class PPOTrainer(RecordingTrainer):
         ]
         score, rows, value, tokens = self._sum_over_ranks(torch.stack([x.float() for x in sums])).tolist()
         shift = score / max(rows, 1.0) - value / tokens
-        set_parameter(self.model.value_head.bias, self.model.value_head.bias.detach() + shift)
+        add_to_parameter(self.model.value_head.bias, shift)
         rollout.values = torch.where(rollout.mask, rollout.values + shift, rollout.values)
 
     def _centred(self, rollout: Rollout) -> Tensor:
@@ -408,12 +399,13 @@ class PPOTrainer(RecordingTrainer):
         seeds = prompt_seeds(self.args.seed + EVAL_SEED_OFFSET, 0, 0, len(rows))
         sums = torch.zeros(7, dtype=torch.float64, device=self.args.device)
         self._mode = "eval"
-        for start in range(rank * self.args.num_prompts, len(rows), world * self.args.num_prompts):
-            part = slice(start, start + self.args.num_prompts)
-            self._eval_rows = len(rows[part])
-            rollout = self._rollout(rows[part], n, seeds[part])
-            self._evaluate_tokens(rollout)
-            sums += numbers.eval_sums(rollout)
+        with whole_weights(self.model_wrapped):  # once: processes have different numbers of batches
+            for start in range(rank * self.args.num_prompts, len(rows), world * self.args.num_prompts):
+                part = slice(start, start + self.args.num_prompts)
+                self._eval_rows = len(rows[part])
+                rollout = self._rollout(rows[part], n, seeds[part])
+                self._evaluate_tokens(rollout)
+                sums += numbers.eval_sums(rollout)
         self._mode = "train"
         result = self._record_evaluation(self._sum_over_ranks(sums), len(rows) * n, metric_key_prefix)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)

@@ -6,6 +6,7 @@ an update the ratio is exactly 1 and the KL exactly 0. Logits are made for the a
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,19 +49,25 @@ def hidden_states(model: nn.Module, inputs: ModelInputs) -> Tensor:
     return states.flatten(0, 1)[inputs.source]
 
 
-def completion_logprobs(model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def completion_logprobs(
+    model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, most: int = 0
+) -> tuple[Tensor, Tensor]:
     """fp32 log-probabilities and entropies ``[N]`` of ``targets`` under logits / temperature.
 
     At most ``MAX_LOGITS`` logits are there at once: where the vocabulary is large, tokens go through in parts, and the
     backward pass makes the logits of each part again.
+
+    Args:
+        most: make as many parts as so many tokens need, some of them empty, if there are fewer.
     """
     head = _unwrapped(model).get_output_embeddings()
     rows = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
-    if len(targets) <= rows:
+    count = math.ceil(max(len(targets), most) / rows)
+    if count <= 1:
         return _token_logprobs(head, hidden, targets, temperature)
     parts = [
         checkpoint(_token_logprobs, head, h, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+        for h, t in zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True)
     ]
     logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
@@ -112,12 +119,17 @@ class PolicyAndValue(nn.Module):
         policy: causal language model, plain or wrapped by PEFT.
         value_model: None for a head on the policy's backbone (weights 0, so that its first values are its bias), or
             a one-label sequence classifier that reads the policy's token ids; its ``score`` layer starts the head.
+
+    Attributes:
+        most_tokens: see ``most`` of :func:`completion_logprobs`. Under ZeRO-3 the action tokens a batch can have, as
+            every process must call a layer equally often; else 0.
     """
 
     def __init__(self, policy: PreTrainedModel, value_model: PreTrainedModel | None = None):
         super().__init__()
         self.policy = policy
         self.value_model = value_model
+        self.most_tokens = 0
         owner = _unwrapped(policy) if value_model is None else value_model
         self.value_head = nn.Linear(owner.config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
@@ -157,7 +169,7 @@ class PolicyAndValue(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not value_only):
             hidden = hidden_states(self.policy, inputs)
-            logprobs, entropy = completion_logprobs(self.policy, hidden, inputs.targets, temperature)
+            logprobs, entropy = completion_logprobs(self.policy, hidden, inputs.targets, temperature, self.most_tokens)
         critic = hidden if self.value_model is None else hidden_states(self.value_model, inputs)
         values = self.value_head(critic.to(self.value_head.weight.dtype)).float().squeeze(-1)
         return TokenOutputs(logprobs, entropy, values)

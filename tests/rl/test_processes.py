@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 
 import pytest
-from distributed_run import ZERO_2
+from distributed_run import ZERO_2, ZERO_3
+from transformers import AutoModelForCausalLM
 
 from deliberation.types import InputError
 from rl.trainer import PPOConfig
+
+import tiny
 
 
 def test_processes_that_would_each_train_alone_are_refused(monkeypatch, tmp_path):
@@ -44,7 +47,7 @@ def deepspeed_forgotten():
 @pytest.mark.parametrize(
     ("settings", "keys", "field"),
     [
-        ({"zero_optimization": {"stage": 3}}, {}, "deepspeed: zero_optimization.stage"),
+        ({"zero_optimization": {"stage": 0}}, {}, "deepspeed: zero_optimization.stage"),
         ({"zero_optimization": {"stage": 1}}, {}, "deepspeed: zero_optimization.stage"),
         ({"optimizer": {"type": "AdamW", "params": {}}}, {}, "deepspeed: optimizer"),
         ({"scheduler": {"type": "WarmupLR", "params": {}}}, {}, "deepspeed: scheduler"),
@@ -53,6 +56,11 @@ def deepspeed_forgotten():
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             {},
             "deepspeed: zero_optimization.offload_optimizer",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            {},
+            "deepspeed: zero_optimization.offload_param",
         ),
         ({}, {"target_kl": 0.1}, "target_kl"),
         ({}, {"value_warmup_updates": 1}, "value_warmup_updates"),
@@ -63,3 +71,11 @@ def test_what_deepspeed_would_train_wrongly_is_refused(settings, keys, field, de
     with pytest.raises(InputError) as error:
         PPOConfig(output_dir=str(tmp_path), deepspeed=given, **keys)
     assert error.value.field == field
+
+
+def test_under_zero_3_models_are_loaded_whole(deepspeed_forgotten, tmp_path):
+    tokenizer = tiny.make_tokenizer()
+    tiny.make_policy(tokenizer).save_pretrained(tmp_path)
+    args = PPOConfig(output_dir=str(tmp_path), deepspeed=ZERO_3)  # transformers remembers them while they live
+    assert args.deepspeed_plugin.zero_stage == 3
+    assert all(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(tmp_path).parameters())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rl.checkpoints import damage
 
@@ -37,7 +38,20 @@ def train(folder: Path, layout: str, processes: int) -> dict:
     done = launch(processes, str(HERE / "distributed_run.py"), str(folder), layout)
     assert done.returncode == 0, done.stderr[-3000:]
     assert damage(folder / "checkpoint-3") is None
-    return torch.load(folder / "end.pt")
+    saved = {
+        f"{file.relative_to(folder)}: {name}": weight
+        for file in folder.glob("checkpoint-3/**/*.safetensors")
+        for name, weight in load_file(file).items()
+    }
+    return torch.load(folder / "end.pt") | {"saved": saved}
+
+
+def assert_same_weights(one: dict, two: dict, tolerance: float) -> None:
+    """At the end in memory, and in the last checkpoint."""
+    for where in ("weights", "saved"):
+        assert one[where].keys() == two[where].keys() != set()
+        for name, weight in one[where].items():
+            torch.testing.assert_close(two[where][name], weight, rtol=0, atol=tolerance, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +64,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["head", "value_model", "lora"])
 def test_two_processes_train_as_one(layout, alone, tmp_path):
     one, two = alone(layout), train(tmp_path / "two", layout, 2)
-    assert one["weights"].keys() == two["weights"].keys()
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6, msg=name)
+    assert_same_weights(one, two, 1e-6)
     assert one["moved"] > 1e-4
     assert one["beta"] == pytest.approx(two["beta"])
     whole = ("reward", "kl", "objective/rlhf_reward", "loss/policy_avg", "loss/value_avg", "num_tokens", "episode")
@@ -62,16 +74,24 @@ def test_two_processes_train_as_one(layout, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_of_zero_2_train_as_one_and_go_on_bit_for_bit(alone, tmp_path):
+@pytest.mark.parametrize(
+    ("layout", "sharing"),
+    [
+        ("head", "zero_2"),
+        ("head", "zero_3"),
+        ("lora", "zero_3"),
+        ("value_model+parts+checkpointing+best", "zero_3"),
+    ],
+)
+def test_two_processes_of_deepspeed_train_as_one_and_go_on_bit_for_bit(layout, sharing, alone, tmp_path):
     """Real DeepSpeed. It clips with the norm itself, torch with the norm plus 1e-6; Adam then differs as above."""
     pytest.importorskip("deepspeed")
-    one, two = alone("head"), train(tmp_path / "two", "zero_2", 2)
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-6, msg=name)
+    one, two = alone(layout), train(tmp_path / "two", f"{layout}+{sharing}", 2)
+    assert_same_weights(one, two, 1e-6)
     assert one["beta"] == pytest.approx(two["beta"])
     shutil.rmtree(tmp_path / "two" / "checkpoint-3")
-    again = train(tmp_path / "two", "zero_2", 2)
-    assert all(torch.equal(again["weights"][name], weight) for name, weight in two["weights"].items())
+    again = train(tmp_path / "two", f"{layout}+{sharing}", 2)
+    assert_same_weights(two, again, 0)
     assert again["beta"] == two["beta"]
 
 
