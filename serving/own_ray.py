@@ -29,12 +29,14 @@ HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT
 
 HAPROXY_FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
-    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin",
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
-    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "counts",
 }
-"""What HAProxy keeps, in a folder of ours: by default one that all users share, with a socket they may all command."""
+"""What HAProxy keeps, in a folder of ours: by default one that all users share, with a socket they may all command.
+
+Short names: a socket's path has 97 characters at most, 57 of them the name Ray gives the node."""
 
 
 def _free_ports(count: int) -> list[int]:
@@ -51,7 +53,7 @@ def serving_settings() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="haproxy-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="ha-", ignore_cleanup_errors=True) as folder:
         wanted = RAY_ENVIRONMENT | {name: str(Path(folder, file)) for name, file in HAPROXY_FILES.items()}
         wanted |= dict(zip(HAPROXY_PORTS, map(str, _free_ports(len(HAPROXY_PORTS))), strict=True))
         ours = {name: value for name, value in wanted.items() if name not in os.environ}

@@ -35,6 +35,7 @@ from serving.best_of_n import best_of_n
 from serving.config import ServeConfig
 from serving.deployments import build, curl_line, model_folder, read_settings, running_service
 from serving.local import LocalJudge, LocalSampler
+from serving.own_ray import HAPROXY_FILES, HAPROXY_PORTS
 from serving.problems import Overloaded
 from serving.remote import TRIES, call
 from serving.schemas import ConsensusRequest
@@ -340,6 +341,8 @@ def test_serve_runs_until_its_group_is_told_to_end_and_leaves_nothing(folders, t
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(short), "HOME": str(tmp_path)}
     environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = receiver.url
     del environment["RAY_AUTH_MODE"]  # the service must settle it by itself
+    for name in (*HAPROXY_FILES, *HAPROXY_PORTS):  # of the session's Ray
+        environment.pop(name, None)
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -368,7 +371,7 @@ def test_serve_runs_until_its_group_is_told_to_end_and_leaves_nothing(folders, t
         short.unlink()
     with pytest.raises(urllib.error.URLError):
         ask(url, "/healthz")
-    assert list(temporary.glob("consensus-*")) == list(temporary.glob("haproxy-*")) == []
+    assert list(temporary.glob("consensus-*")) == list(temporary.glob("ha-*")) == []
     deadline = time.monotonic() + 20
     while list(temporary.glob("nursery-*")):  # it looks once a second whether Ray is there
         assert time.monotonic() < deadline
