@@ -52,8 +52,8 @@ async def call(method: Any, *args: Any) -> Any:
 
 def _direct(handle: DeploymentHandle) -> DeploymentHandle:
     """The handle with calls that go straight to a replica's own gRPC server, which asks for Ray's token where Ray has
-    one, instead of through Ray's object store; nothing in them needs Ray's slower pickle of functions."""
-    return handle.options(_by_reference=False, request_serialization="pickle", response_serialization="pickle")
+    one, instead of through Ray's object store."""
+    return handle.options(_by_reference=False)
 
 
 class RemoteSampler:

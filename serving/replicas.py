@@ -23,7 +23,6 @@ OPTIONS: dict[str, Any] = {
     "health_check_period_s": 1,
     "health_check_timeout_s": 10,
     "graceful_shutdown_wait_loop_s": 0.5,
-    "logging_config": {"enable_access_log": False},  # a line a call and replica; serving.guard writes one a request
 }
 """What every deployment needs and Ray's defaults do not give."""
 

@@ -78,7 +78,6 @@ def test_two_processes_train_as_one(layout, alone, tmp_path):
     ("layout", "sharing"),
     [
         ("head", "zero_2"),
-        ("head", "zero_3"),
         ("lora", "zero_3"),
         ("value_model+parts+checkpointing+best", "zero_3"),
     ],
