@@ -360,11 +360,11 @@ def test_serve_runs_until_its_group_is_told_to_end_and_leaves_nothing(folders, t
         counts = tokens_counted(url)
         assert counts["prompt"] > counts["completion"] > 0
         kill_proxy(process.pid)
-        assert seconds_until_back(url) < 15  # it would be half a minute with Ray's own settings
+        assert seconds_until_back(url) < 25  # it would be half a minute with Ray's own settings
         os.killpg(
             process.pid, signal.SIGTERM
         )  # as `timeout` does: Ray must not hear of it before the service has stopped
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=120) == 0
         assert "Stopped." in process.stdout.read()
     finally:
         process.kill()
