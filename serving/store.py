@@ -7,7 +7,6 @@ and ``trials`` (experiments).
 from __future__ import annotations
 
 import secrets
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from sqlalchemy.pool import QueuePool
 
 from deliberation.types import InputError
 from serving.migrate import migrate
+from serving.turns import Turns
 
 BUSY_TIMEOUT_S = 10
 """How long a writer waits for another one in SQLite."""
@@ -110,18 +110,18 @@ def _sqlite(url: Any) -> Engine:
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
-    turn = threading.Lock()  # SQLite's own wait is a poll that can pass a thread over for seconds
+    turns = Turns()  # SQLite's own wait is a poll that can pass a thread over for seconds
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         if connection.get_execution_options().get("isolation_level") != AUTOCOMMIT:
             if not connection.info.get("turn"):
-                connection.info["turn"] = turn.acquire(timeout=BUSY_TIMEOUT_S)
+                connection.info["turn"] = turns.take(BUSY_TIMEOUT_S)
             connection.exec_driver_sql("BEGIN IMMEDIATE")  # a later upgrade from reader to writer could not wait
 
     @event.listens_for(engine, "checkin")
     def checkin(connection: Any, record: Any) -> None:
         if record.info.pop("turn", False):
-            turn.release()
+            turns.give_back()
 
     return engine

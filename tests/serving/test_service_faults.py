@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
+import psutil
 import pytest
+from ray import serve
 
 from benchmarks._service_load import Traffic, model_processes, raw, replicas, summary
 from benchmarks.service_kills import kills, swaps
 from reward.preference import Calibration, PreferenceModel
 from serving.config import ServeConfig
-from serving.deployments import running_service
+from serving.deployments import APPLICATION, build, running_service
 
 from tiny import make_judge, make_policy, make_tokenizer
 
@@ -123,8 +127,21 @@ def test_a_lost_model_process_takes_its_replica_along_and_costs_no_request(servi
 def test_a_model_is_swapped_without_a_lost_request(service, folders):
     url, config = service
     result = swaps(url, config, str(folders / "other"), requests=40)
-    assert result["requests"] >= 40 and result["failed"] == 0, result
+    assert result["requests"] >= 40 and result["failed"] == 0, json.dumps(result)
     assert (result["policies"], result["policies_after"]) == (2, 1)
+
+
+def test_a_connection_from_before_a_swap_still_answers_after_it(service, folders):
+    url, config = service
+    kept = httpx.Limits(keepalive_expiry=None)
+    with httpx.Client(base_url=url, timeout=60, trust_env=False, limits=kept) as idle:
+        assert idle.get("/healthz").status_code == 200
+        before = {pid for name, pid in replicas() if name == "Api"}
+        other = replace(config, max_queued_requests=config.max_queued_requests + 1)  # any change starts them anew
+        serve.run(build(other), name=APPLICATION, route_prefix="/")
+        while any(map(psutil.pid_exists, before)):
+            time.sleep(0.2)
+        assert idle.get("/healthz").status_code == 200
 
 
 def test_work_of_clients_that_have_gone_is_dropped(ray_cluster):
