@@ -15,7 +15,7 @@ RAY_ENVIRONMENT = {
     # HAProxy, which sends requests straight to the HTTP interface's replicas, in place of Ray's slower proxy
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # a replica that stops: HAProxy hears of it in .1 s, not 30
-    # What holds a connection from before a swap knows only replicas that have gone: each is asked once, then Ray's proxy
+    # A connection from before a swap leads to replicas that have gone: each is asked once, then Ray's proxy
     "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
     "RAY_SERVE_HAPROXY_RETRIES": "10",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a lost HTTP proxy is back in seconds, by default in half a minute
