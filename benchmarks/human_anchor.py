@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from benchmarks.human_mlp import pair_features, pair_network
 from benchmarks.human_votes import TRAIN, IntArray, VoteSet
 from deliberation.types import InputError
+from reward.bi_encoder import pair_features, pair_network
 
 FITS = 3
 HELD_OUT = 0.1

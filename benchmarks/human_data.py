@@ -2,11 +2,11 @@
 
     python -m benchmarks.human_data --data ../shared/data --output runs/human/data
 
-writes ``soft_votes.parquet`` (what teachers say of training people, see ``human_teacher``), ``votes.parquet`` and
-``choices.parquet`` (of the dialogues), all of training people of the training conversations alone;
-``calibration.parquet`` (some of those people, left out of the others), ``stances.parquet`` (see ``human_stance``) and
-``similar.parquet`` (see ``human_similar``), in the formats of ``consensus preference``, and beside the folder
-``encoder``: the pretrained model of the extra ``benchmark``.
+writes ``soft_votes.parquet`` (what a teacher says of training people in Polis, see ``human_teacher``),
+``votes.parquet`` and ``choices.parquet`` (of the dialogues), all of training people of the training conversations
+alone; ``calibration.parquet`` (some of those people, left out of the others) and ``stances.parquet`` (see
+``human_stance``), in the formats of ``consensus preference``, and beside the folder ``encoder``: the pretrained model
+of the extra ``benchmark``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.human_anchor import SentenceEncoder
-from benchmarks.human_dialogues import Encoder, dialogue_rows
+from benchmarks.human_dialogues import dialogue_rows
 from benchmarks.human_people import Row, Settings, held_out, read, row
 from benchmarks.human_polis import polis_votes
-from benchmarks.human_similar import similar_rows
 from benchmarks.human_stance import stance_rows
 from deliberation.types import InputError
 
@@ -51,16 +49,15 @@ def calibration_rows(folder: Path) -> list[Row]:
     return rows
 
 
-def prepare(folder: Path, output: Path, settings: Settings, encode: Encoder) -> dict[str, int]:
-    """Write the tables; returns their numbers of rows. ``encode`` makes unit vectors of texts, [texts, width]."""
-    votes, choices, soft = dialogue_rows(folder, settings, encode)
+def prepare(folder: Path, output: Path, settings: Settings) -> dict[str, int]:
+    """Write the tables; returns their numbers of rows."""
+    votes, choices = dialogue_rows(folder, settings)
     tables = {
-        "soft_votes": polis_votes(folder, settings) + soft,
+        "soft_votes": polis_votes(folder, settings),
         "votes": votes,
         "choices": choices,
         "calibration": calibration_rows(folder),
         "stances": stance_rows(folder, random.Random(settings.seed)),
-        "similar": similar_rows(folder, settings, encode),
     }
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
@@ -94,7 +91,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Settings.seed)
     args = parser.parse_args()
     export_encoder(args.output.parent / "encoder")
-    counts = prepare(args.data, args.output, Settings(args.draws, args.repeats, seed=args.seed), SentenceEncoder())
+    counts = prepare(args.data, args.output, Settings(args.draws, args.repeats, seed=args.seed))
     for name, count in counts.items():
         print(f"{args.output / name}.parquet: {count} rows")
 

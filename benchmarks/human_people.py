@@ -20,14 +20,12 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Settings:
     """How much is drawn: ``draws`` profiles a Polis person and ``repeats`` of each dialogue profile, in groups of
-    ``group`` members. A Polis member judges ``statements`` statements; one of a dialogue ``unseen`` that it was not
-    shown beside those it was."""
+    ``group`` members (twice as many in dialogues). A Polis member judges ``statements`` statements."""
 
     draws: int = 3
-    repeats: int = 6
+    repeats: int = 2
     group: int = 8
     statements: int = 16
-    unseen: int = 8
     seed: int = 0
 
 

@@ -26,7 +26,7 @@ from benchmarks.human_scoring import model_predictor, score_table
 from benchmarks.human_splits import DRAWS_OF_PERSONS, Predictor, make_plan, measure_split
 from benchmarks.human_votes import TRAIN, IntArray, VoteSet, limited, load_sets
 from deliberation.types import InputError
-from reward.preference import PreferenceModel, fingerprint
+from reward.preference import PreferenceModel
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def describe(model: PreferenceModel, path: str) -> dict[str, Any]:
         "path": Path(path).name,
         "type": model.model.config.model_type,
         "parameters": sum(p.numel() for p in model.model.parameters()),
-        "fingerprint": fingerprint(model.model),
+        "fingerprint": model.version,
         "metadata": plain,
     }
 

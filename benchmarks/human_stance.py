@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.human_people import Row, read
 
-GROUPS, MEMBERS = 170, 8
+GROUPS, MEMBERS = 67, 8
 """Groups, and members of each."""
 QUESTIONS = 5
 """Debate questions of one topic that a group's members hold stances on."""

@@ -1,11 +1,9 @@
-"""Teachers of the human benchmark: how likely training people are to agree, with what they voted on and what not.
+"""The teacher of the human benchmark: how likely training people are to agree, with what they voted on and what not.
 
-One vote is a coin toss around what a person thinks, and a person votes on few statements. Two teachers, fitted to the
-votes of training people alone, say how likely each of them is to agree with any statement of their conversation; the
-preference model, which reads text only, learns from that (distillation, Hinton et al. 2015).
-
-Where people vote on many statements (Polis), a logistic matrix factorisation of the votes (Koren et al. 2009). Where
-they answer and vote on few (dialogues), an MLP on sentence vectors, fitted to votes and choices.
+One vote is a coin toss around what a person thinks, and a person votes on few statements. A logistic matrix
+factorisation (Koren et al. 2009) of the votes of training people alone says how likely each of them is to agree with
+any statement of their conversation; the preference model, which reads text only, learns from that (distillation,
+Hinton et al. 2015).
 """
 
 from __future__ import annotations
@@ -16,10 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
-
-from benchmarks.human_mlp import pair_features, pair_network
 
 FloatArray = NDArray[np.float64]
 
@@ -68,83 +64,3 @@ def factorise(
         schedule.step()
     with torch.no_grad():
         return (mean + a[:, None] + b + u @ v.T).double().sigmoid().numpy()
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Settings of the MLP teacher: the mean logit of ``fits`` networks.
-
-    Chosen among a few with the public validation splits in view, as those of the anchor were.
-    """
-
-    hidden: int = 64
-    dropout: float = 0.5
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
-    batch: int = 256
-    epochs: int = 15
-    fits: int = 4
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Votes and choices on sentence vectors of about unit variance a component; rows are numbers of vectors.
-
-    Attributes:
-        vectors: [texts, width].
-        votes: (opinion, statement), [votes, 2].
-        agreed: [votes], 0 or 1.
-        choices: (opinion, chosen, rejected), [choices, 3].
-    """
-
-    vectors: Tensor
-    votes: Tensor
-    agreed: Tensor
-    choices: Tensor
-
-
-class Networks(nn.Module):
-    """Opinion and statement vectors -> logit of P(agree)."""
-
-    def __init__(self, width: int, settings: Reader):
-        super().__init__()
-        self.fits = nn.ModuleList(pair_network(width, settings.hidden, settings.dropout) for _ in range(settings.fits))
-
-    def forward(self, opinions: Tensor, statements: Tensor) -> Tensor:
-        """Vectors [n, width] each -> one logit a network, [n, fits]."""
-        features = pair_features(opinions, statements)
-        return torch.cat([fit(features) for fit in self.fits], dim=-1)
-
-
-def fit_reader(answers: Answers, settings: Reader, seed: int) -> Networks:
-    """Networks fitted to votes (cross-entropy) and choices (Bradley-Terry), in evaluation mode."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        networks, x = Networks(answers.vectors.shape[1], settings), answers.vectors
-        optimiser = torch.optim.AdamW(
-            networks.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        steps = settings.epochs * -(-len(answers.votes) // settings.batch)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, steps)
-        for _ in range(settings.epochs):
-            for part in torch.randperm(len(answers.votes)).split(settings.batch):
-                opinion, statement = answers.votes[part].unbind(1)
-                truth = answers.agreed[part, None].expand(-1, settings.fits)
-                loss = F.binary_cross_entropy_with_logits(networks(x[opinion], x[statement]), truth)
-                if len(answers.choices):
-                    some = torch.randint(len(answers.choices), (settings.batch,))
-                    opinion, chosen, rejected = answers.choices[some].unbind(1)
-                    ahead = networks(x[opinion], x[chosen]) - networks(x[opinion], x[rejected])
-                    loss = loss - F.logsigmoid(ahead).mean()
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-    return networks.eval()
-
-
-@torch.no_grad()
-def p_agree(networks: Networks, opinion: Tensor, statements: Tensor) -> FloatArray:
-    """P(agree) of one opinion's vector [width] with statements' vectors [n, width] -> [n]."""
-    logits = networks(opinion.expand_as(statements), statements).double().mean(dim=-1)
-    return logits.sigmoid().numpy()

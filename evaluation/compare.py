@@ -294,7 +294,7 @@ def main(config: CompareConfig, earlier: Mapping[str, float] | None = None) -> d
     # 1. Load everything first: a wrong path must not cost an hour of sampling.
     policies, preference_model = load_models(config)
     models = {"base": policies.base[0], "sft": policies.sft[0], "ppo": policies.ppo[0]}
-    versions = {name: fingerprint(m) for name, m in {**models, "preference": preference_model.model}.items()}
+    versions = {name: fingerprint(m) for name, m in models.items()} | {"preference": preference_model.version}
     groups = held_out_groups(questions, config.num_deliberations, config.seed)
     deliberations = [group.deliberation(f"held-out-{i}") for i, group in enumerate(groups)]
     # 2. Sample and score; 3. measure the preference model; 4. judge.

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from deliberation.types import InputError
 
@@ -16,6 +17,17 @@ from deliberation.types import InputError
 def inner_model(model: nn.Module) -> Any:
     """The transformers model, without PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def room_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens a model reads at most."""
+    inner = inner_model(model)
+    positions = int(getattr(inner.config, "max_position_embeddings", None) or tokenizer.model_max_length)
+    table = getattr(getattr(getattr(inner, "base_model", None), "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    if padding is not None:  # RoBERTa counts positions from behind its padding index
+        positions -= padding + 1
+    return min(positions, tokenizer.model_max_length)
 
 
 def is_encoder(model: nn.Module) -> bool:

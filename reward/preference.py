@@ -1,7 +1,8 @@
 """The preference model: a sequence classifier that reads one opinion and one statement, and its calibration.
 
 On disk it is what transformers writes (``AutoModelForSequenceClassification``, one label, safetensors), so TRL and
-vLLM load it without this code; beside it ``calibration.json`` turns the scalar score into P(rating = k), k = 1..7.
+vLLM load it without this code; beside it ``calibration.json`` turns the scalar score into P(rating = k), k = 1..7, and
+the folder ``bi_encoder``, where there is one, holds what is added to that score.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import threading
 from dataclasses import asdict, dataclass, field
@@ -28,8 +30,10 @@ from transformers import (
 from deliberation.prompts import preference_prefix, preference_suffix
 from deliberation.tokens import plain_ids
 from deliberation.types import InputError
+from reward import bi_encoder
+from reward.bi_encoder import BiEncoder
 from reward.calibration import Calibration
-from reward.heads import head_of, inner_model, is_encoder, read_heads, write_heads
+from reward.heads import head_of, is_encoder, read_heads, room_of, write_heads
 from reward.uncertainty import Uncertainty
 
 CALIBRATION_FILE = "calibration.json"
@@ -54,6 +58,7 @@ class PreferenceModel:
         uncertainty: the ensemble's scores -> standard deviation of a utility.
         attention: of an encoder: ``pair`` (the tokenizer's text pair, nothing shared), or ``prefix`` (the prefix does
             not see the statement and is shared; see ``reward.prefixes``). Causal models share in either case.
+        bi_encoder: its score is added to the model's; None: the model's is all.
     """
 
     model: PreTrainedModel
@@ -63,8 +68,17 @@ class PreferenceModel:
     ensemble: nn.Linear | None = None
     uncertainty: Uncertainty | None = None
     attention: str = PAIR
+    bi_encoder: BiEncoder | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
     """Held while rows are scored: neither an encoder's hook nor a prefix cache is made for two threads."""
+
+    @property
+    def version(self) -> str:
+        """Print of the weights that make a score."""
+        beside = self.bi_encoder
+        return fingerprint(
+            self.model if beside is None else nn.ModuleList([self.model, beside.encoder, beside.networks])
+        )
 
     @property
     def shares_prefixes(self) -> bool:
@@ -74,13 +88,7 @@ class PreferenceModel:
     @property
     def room(self) -> int:
         """Tokens the model reads at most, prefix and suffix together."""
-        positions = int(getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length)
-        backbone = getattr(inner_model(self.model), "base_model", None)
-        table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
-        padding = getattr(table, "padding_idx", None)
-        if padding is not None:  # RoBERTa counts positions from behind its padding index
-            positions -= padding + 1
-        return min(positions, self.tokenizer.model_max_length)
+        return room_of(self.model, self.tokenizer)
 
     @property
     def reads_types(self) -> bool:
@@ -121,6 +129,8 @@ class PreferenceModel:
             loaded.ensemble = read_heads(folder / ENSEMBLE_FILE, head_of(model))
             uncertainty = document.get("uncertainty")
             loaded.uncertainty = None if uncertainty is None else Uncertainty(**uncertainty)
+        if (folder / bi_encoder.FOLDER).is_dir():
+            loaded.bi_encoder = BiEncoder.load(folder / bi_encoder.FOLDER, device)
         return loaded
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -142,6 +152,8 @@ class PreferenceModel:
                 write_heads(folder / ENSEMBLE_FILE, self.ensemble)
             if self.uncertainty is not None:
                 document["uncertainty"] = asdict(self.uncertainty)
+            if self.bi_encoder is not None:
+                self.bi_encoder.save(folder / bi_encoder.FOLDER)
             (folder / CALIBRATION_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
             _move(folder, target)
 
@@ -154,6 +166,7 @@ def _move(folder: Path, target: Path) -> None:
     (target / CALIBRATION_FILE).unlink(missing_ok=True)
     for old in (*target.glob(WEIGHTS), *target.glob(WEIGHTS + ".index.json")):  # the ensemble's heads are among them
         old.unlink()
+    shutil.rmtree(target / bi_encoder.FOLDER, ignore_errors=True)
     for new in sorted(folder.iterdir(), key=lambda file: file.name == CALIBRATION_FILE):
         new.replace(target / new.name)
 

@@ -46,6 +46,10 @@ class PreferenceConfig(TrainingArguments):
     attention: str = field(
         default=PAIR, metadata={"help": "Of an encoder: 'pair', or 'prefix', where a member's prefix is shared."}
     )
+    bi_encoder: str | None = field(
+        default=None,
+        metadata={"help": "Sentence encoder (folder or hub name) of a bi-encoder beside it. Default: none."},
+    )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter (merged when saved)."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapter."})

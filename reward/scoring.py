@@ -68,7 +68,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class RowScores:
-    """Scores of rows: ``raw`` float32 [rows]; ``ensemble`` float32 [rows, members of the ensemble], or None."""
+    """Scores of rows: ``raw`` float32 [rows]; ``ensemble`` float32 [rows, members of the ensemble], or None.
+
+    ``rows`` may be two dimensions, [members, statements].
+    """
 
     raw: NDArray[np.float32]
     ensemble: NDArray[np.float32] | None
@@ -99,7 +102,7 @@ def score(
     """
     _check_texts(opinions, statements)
     endings = [tuple(preference_model.suffix_ids(s)) for s in statements]
-    beginnings, warnings = _fitting_prefixes(preference_model, question, opinions, endings, truncate)
+    opinions, beginnings, warnings = _fitting_opinions(preference_model, question, opinions, endings, truncate)
     prefixes, member = _distinct(beginnings)
     suffixes, statement = _distinct(endings)
     owners = [i for i in range(len(prefixes)) for _ in suffixes]
@@ -107,7 +110,8 @@ def score(
         preference_model, prefixes, suffixes * len(prefixes), owners, batch_tokens=batch_tokens, cache=cache
     )
     place = np.arange(len(owners)).reshape(-1, len(suffixes))[np.ix_(member, statement)]
-    return _scores(preference_model, rows, place, warnings)
+    on_grid = RowScores(rows.raw[place], None if rows.ensemble is None else rows.ensemble[place])
+    return _scores(preference_model, _with_bi_encoder(preference_model, on_grid, opinions, statements), warnings)
 
 
 @torch.inference_mode()
@@ -129,6 +133,8 @@ def score_one_by_one(
                 seen = prefix_attention(len(prefix), ids.shape[1]).to(model.device)
                 extra["attention_mask"] = attention_mask(model, seen)
             raw[i, j] = float(model(ids, **extra).logits[0, 0])
+            if preference_model.bi_encoder is not None:
+                raw[i, j] += float(preference_model.bi_encoder.scores([opinion], [statement]).mean())
     return Scores(raw, preference_model.calibration.utilities(raw).astype(np.float32))
 
 
@@ -149,7 +155,9 @@ def score_responses(
     suffix_of = {text: tuple(preference_model.suffix_ids(text)) for text in {r.statement for r in responses}}
     prefixes, owners = _distinct([prefix_of[r.question, r.opinion] for r in responses])
     suffixes = [suffix_of[r.statement] for r in responses]
-    return score_rows(preference_model, prefixes, suffixes, owners, batch_tokens=batch_tokens)
+    rows = score_rows(preference_model, prefixes, suffixes, owners, batch_tokens=batch_tokens)
+    opinions, statements = [r.opinion for r in responses], [r.statement for r in responses]
+    return _with_bi_encoder(preference_model, rows, opinions, statements)
 
 
 @torch.inference_mode()
@@ -162,7 +170,8 @@ def score_rows(
     batch_tokens: int | None = None,
     cache: PrefixCache | None = None,
 ) -> RowScores:
-    """Scores [rows] of suffix i after prefix ``owners[i]``, all as token ids, in batches of similar length."""
+    """The cross-encoder's scores [rows] of suffix i after prefix ``owners[i]``, all as token ids, in batches of similar
+    length."""
     longest = max((len(prefixes[o]) + len(s) for o, s in zip(owners, suffixes, strict=True)), default=0)
     if longest > preference_model.room:
         mend = f"with question and opinion; shorten it, as the model reads at most {preference_model.room}"
@@ -239,21 +248,34 @@ def token_types(prefix_lengths: Sequence[int], width: int, device: torch.device 
     return 1 - mask(torch.tensor(prefix_lengths, device=device), width)
 
 
-def _fitting_prefixes(
+def _with_bi_encoder(
+    preference_model: PreferenceModel, scores: RowScores, opinions: Sequence[str], statements: Sequence[str]
+) -> RowScores:
+    """Add what the bi-encoder says, if there is one; ``scores`` of as many rows, or [opinions, statements]."""
+    beside = preference_model.bi_encoder
+    if beside is None:
+        return scores
+    if scores.raw.ndim == 2:
+        opinions, statements = [o for o in opinions for _ in statements], [*statements] * len(opinions)
+    added = beside.scores(opinions, statements).cpu().numpy().reshape(*scores.raw.shape, -1)
+    return RowScores(scores.raw + added.mean(-1), None if scores.ensemble is None else scores.ensemble + added)
+
+
+def _fitting_opinions(
     preference_model: PreferenceModel,
     question: str,
     opinions: Sequence[str],
     suffixes: Sequence[tuple[int, ...]],
     truncate: bool,
-) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
-    """Every member's prefix, short enough for every statement, and a warning for each that was cut."""
+) -> tuple[list[str], list[tuple[int, ...]], tuple[str, ...]]:
+    """Every opinion and its prefix, short enough for every statement, and a warning for each that was cut."""
     total, shortest = preference_model.room, len(preference_model.prefix_ids(question, ""))
     for j, suffix in enumerate(suffixes):
         if shortest + len(suffix) > total:
             mend = f"with the question ({shortest}); shorten either, as the model reads at most {total}"
             raise InputError(f"statements[{j}]", f"{len(suffix)} tokens", mend)
     room = total - max(len(suffix) for suffix in suffixes)
-    prefixes, warnings = [], []
+    read, prefixes, warnings = [], [], []
     for i, opinion in enumerate(opinions):
         prefix = preference_model.prefix_ids(question, opinion)
         if len(prefix) > room:
@@ -262,10 +284,12 @@ def _fitting_prefixes(
                 raise InputError(f"opinions[{i}]", f"{len(prefix)} tokens", mend)
             words = opinion.split()
             kept = _words_that_fit(preference_model, question, words, room)
-            prefix = preference_model.prefix_ids(question, " ".join(words[:kept]))
+            opinion = " ".join(words[:kept])
+            prefix = preference_model.prefix_ids(question, opinion)
             warnings.append(f"Opinion {i} was cut to its first {kept} of {len(words)} words.")
+        read.append(opinion)
         prefixes.append(tuple(prefix))
-    return prefixes, tuple(warnings)
+    return read, prefixes, tuple(warnings)
 
 
 def _words_that_fit(preference_model: PreferenceModel, question: str, words: Sequence[str], room: int) -> int:
@@ -304,13 +328,11 @@ def _check_texts(opinions: Sequence[str], statements: Sequence[str]) -> None:
             raise InputError(f"statements[{i}]", statement, "is empty; write at least one word")
 
 
-def _scores(
-    preference_model: PreferenceModel, rows: RowScores, place: NDArray[np.int64], warnings: tuple[str, ...]
-) -> Scores:
-    """Row scores spread over members and statements; ``place`` [members, statements] holds row numbers."""
-    raw = rows.raw[place]
+def _scores(preference_model: PreferenceModel, found: RowScores, warnings: tuple[str, ...]) -> Scores:
+    """What follows from scores [members, statements]."""
+    raw = found.raw
     utilities = preference_model.calibration.utilities(raw).astype(np.float32)
-    if rows.ensemble is None or preference_model.uncertainty is None:
+    if found.ensemble is None or preference_model.uncertainty is None:
         return Scores(raw, utilities, None, warnings)
-    sd = preference_model.uncertainty.sd(preference_model.calibration, raw, rows.ensemble[place])
+    sd = preference_model.uncertainty.sd(preference_model.calibration, raw, found.ensemble)
     return Scores(raw, utilities, sd.astype(np.float32), warnings)

@@ -42,6 +42,7 @@ from reward.examples import (
     scale_of,
     soft_pairs,
 )
+from reward.fit_bi_encoder import fit_bi_encoder
 from reward.heads import apply_head, encoder_features, head_of, set_head
 from reward.held_out import calibrated, hold_out, texts_of
 from reward.measures import answer_of
@@ -92,6 +93,8 @@ def fit(
     held_out, second = showings(eval_ratings)
     values = scale_of([*first, *held_out])
     _check(config, first, held_out, raters)
+    if config.bi_encoder is not None:
+        _check_pretrained("bi_encoder", config.bi_encoder)
     # 2. Model, and the scale its scores are on
     set_seed(config.seed)
     if model is None or tokenizer is None:
@@ -116,10 +119,14 @@ def fit(
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     fitted: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # its autocast too
     fitted = fitted.merge_and_unload() if config.use_peft else fitted
-    # 4. Calibrate and measure on what it has not seen
     facts = {"base": config.model_name_or_path, "seed": config.seed, "margin": config.margin, "ratings": len(first)}
     result = PreferenceModel(fitted.eval(), tokenizer, unfitted.calibration, {**facts, **raters})
     result.ensemble, result.attention = _gather_heads(fitted), config.attention
+    # 4. The bi-encoder, to what the cross-encoder was fitted to
+    if config.bi_encoder is not None:
+        result.bi_encoder = fit_bi_encoder(config.bi_encoder, first, unfitted.calibration, config, progress)
+        result.metadata["bi_encoder"] = config.bi_encoder
+    # 5. Calibrate and measure on what they have not seen
     leveled = any(isinstance(r, Rating | Vote | SoftVote) for r in first)
     topics = {r.topic for r in first if r.topic}
     return calibrated(result, held_out, second, values, leveled, topics, config.min_kappa)
@@ -198,12 +205,21 @@ def _sample(ratings: Sequence[Response], seed: int) -> list[Response]:
     return [ratings[row] for i in chosen for row in groups[i]]
 
 
+def _check_pretrained(field: str, name: str) -> None:
+    """Refuse what is neither a folder with safetensors nor a hub name.
+
+    Raises:
+        InputError: naming ``field``.
+    """
+    if not Path(name).is_dir() and not is_hub_name(name):
+        raise InputError(field, name, "no such folder; give one, or a hub name owner/model")
+    if Path(name).is_dir() and not any(Path(name).glob(WEIGHTS)):
+        raise InputError(field, name, "has no safetensors weights; save it with safetensors")
+
+
 def _load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A one-label classifier in float32 (a language model gets a new head) and its tokenizer; safetensors alone."""
-    if not Path(name).is_dir() and not is_hub_name(name):
-        raise InputError("model_name_or_path", name, "no such folder; give one, or a hub name owner/model")
-    if Path(name).is_dir() and not any(Path(name).glob(WEIGHTS)):
-        raise InputError("model_name_or_path", name, "has no safetensors weights; save it with safetensors")
+    _check_pretrained("model_name_or_path", name)
     model = AutoModelForSequenceClassification.from_pretrained(
         name, num_labels=1, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
     )

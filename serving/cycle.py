@@ -125,7 +125,7 @@ def print_of_preference(path: str) -> str:
     Raises:
         InputError: if it cannot be loaded.
     """
-    return fingerprint(PreferenceModel.load(path).model)
+    return PreferenceModel.load(path).version
 
 
 def _whole_path(path: str) -> str:

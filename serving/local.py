@@ -92,7 +92,7 @@ class LocalJudge:
 
     def __init__(self, preference_model: PreferenceModel):
         self.preference_model = preference_model
-        self.version = fingerprint(preference_model.model)
+        self.version = preference_model.version
         self._cache = PrefixCache()
 
     @classmethod

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-from zlib import crc32
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from benchmarks.human_data import prepare
 from benchmarks.human_dialogues import dialogue_rows
@@ -18,17 +16,9 @@ from benchmarks.human_stance import stance_rows
 from deliberation.datasets import read_responses
 from deliberation.types import Choice, InputError, SoftVote, Vote
 
-STATEMENTS = 14
-"""Of each place in the fixture ``folder``."""
-
-
-def encode(texts):
-    """A vector of its own for every text."""
-    return torch.stack([torch.randn(16, generator=torch.Generator().manual_seed(crc32(t.encode()))) for t in texts]) / 4
-
 
 def test_only_training_people_are_in_it_and_calibration_has_people_of_its_own(folder, tmp_path):
-    counts = prepare(folder, tmp_path / "out", Settings(draws=1, repeats=1), encode)
+    counts = prepare(folder, tmp_path / "out", Settings(draws=1, repeats=1))
     tables = {name: read_responses(tmp_path / "out" / f"{name}.parquet") for name in counts}
     assert {name: len(rows) for name, rows in tables.items()} == counts
     assert {type(r) for r in tables["votes"]} == {type(r) for r in tables["calibration"]} == {Vote}
@@ -68,27 +58,33 @@ def test_a_profile_leaves_half_of_what_was_agreed_with():
         assert all(votes[s] > 0 for s in profile[1:]) and len(set(profile)) == len(profile)
 
 
-def test_a_soft_vote_in_a_dialogue_is_on_what_was_neither_said_nor_shown(folder):
-    profiles = pq.read_table(folder / "remesh_profiles.parquet").to_pylist()
-    profiles[1]["opinion_text"] = "remesh-0 says 3"  # in train, and its person's own words are a statement
-    pq.write_table(pa.Table.from_pylist(profiles), folder / "remesh_profiles.parquet")
-    targets = pq.read_table(folder / "remesh_targets.parquet").to_pylist()
-    few = [r for k, r in enumerate(targets) if k % STATEMENTS < 4 or r["participant_id"].endswith("p2")]
-    pq.write_table(pa.Table.from_pylist(few), folder / "remesh_targets.parquet")
-    votes, _, soft = dialogue_rows(folder, Settings(repeats=1, unseen=STATEMENTS), encode)
-    said = {(r["opinion"], r["statement"]) for r in votes}
-    found = {(r["opinion"], r["statement"]) for r in soft}
-    assert said and found and said.isdisjoint(found)
-    assert ("remesh-0 says 3", "remesh-0 says 3") not in found
-    shown = ("says 1", "says 2")  # in the choices of everybody, also of those who could not tell
-    assert not any(statement.endswith(shown) for _, statement in found)
+def test_who_agrees_or_disagrees_with_both_has_voted_on_both(folder):
+    before, chosen = dialogue_rows(folder, Settings(repeats=1))
+    asked = pq.read_table(folder / "remesh_preferences.parquet").to_pylist()
+    text = {r["statement_id"]: r["text"] for r in pq.read_table(folder / "remesh_statements.parquet").to_pylist()}
+    for r in asked:
+        r["choice"] = "disagree_both"
+    pq.write_table(pa.Table.from_pylist(asked), folder / "remesh_preferences.parquet")
+    after, none = dialogue_rows(folder, Settings(repeats=1))
+    assert chosen and not none
+    known = {(r["opinion"], r["statement"]): r["vote"] for r in before}
+    found = {(r["opinion"], r["statement"]): r["vote"] for r in after}
+    assert len(found) == len(after) and known.items() <= found.items()  # a vote of their own stands
+    opinion = {
+        r["profile_id"]: r["opinion_text"] for r in pq.read_table(folder / "remesh_profiles.parquet").to_pylist()
+    }
+    both = {(opinion[r["profile_id"]], text[r[s]]) for r in asked for s in ("statement_a", "statement_b")}
+    new = set(found) - set(known)
+    assert new <= both and all(found[pair] == -1 for pair in new)
+    trained = {who for who, _ in known}
+    assert {pair for pair in both if pair[0] in trained} <= set(found)
 
 
 def test_nothing_that_people_outside_training_said_reaches_what_is_trained_on(folder):
     """Their votes and choices turned round, and every table is the same but the calibration."""
 
     def tables():
-        return polis_votes(folder, Settings(draws=1)), dialogue_rows(folder, Settings(repeats=1), encode)
+        return polis_votes(folder, Settings(draws=1)), dialogue_rows(folder, Settings(repeats=1))
 
     before = tables()
     for name in ("polis_votes", "polis_targets", "remesh_targets", "remesh_votes", "remesh_preferences"):
@@ -119,5 +115,5 @@ def test_among_stances_no_statement_is_popular(folder):
 
 def test_a_folder_of_another_schema_is_refused(tmp_path):
     with pytest.raises(InputError, match="has no remesh_questions.jsonl"):
-        prepare(tmp_path, tmp_path / "out", Settings(), encode)
+        prepare(tmp_path, tmp_path / "out", Settings())
     assert not (tmp_path / "out").exists()

@@ -140,6 +140,7 @@ def test_the_human_benchmarks_stage_runs_with_a_tiny_encoder(tmp_path):
     for name, rows in (("votes", votes), ("choices", choices), ("held_out", held_out)):
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     words = [*ON_CPU, "--max_steps", "2", "--model_name_or_path", tmp_path / "encoder",
+             "--bi_encoder", tmp_path / "encoder",
              "--output_dir", tmp_path / "out",
              "--ratings", tmp_path / "votes.jsonl", tmp_path / "choices.jsonl",
              "--eval_ratings", tmp_path / "held_out.jsonl"]  # fmt: skip
@@ -147,6 +148,7 @@ def test_the_human_benchmarks_stage_runs_with_a_tiny_encoder(tmp_path):
     assert cli.main(["preference", "--config", str(config), *map(str, words)]) == 0
     loaded = PreferenceModel.load(tmp_path / "out")
     assert loaded.attention == "prefix" and loaded.calibration.values == (1, 7)
+    assert loaded.bi_encoder is not None
 
 
 def test_qwen3_sft_writes_an_adapter(sft):
