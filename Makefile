@@ -73,14 +73,20 @@ serve: $(STAMP)
 	  echo "models: $${models[*]:-as shipped}"; \
 	  $(BIN)/consensus serve --config configs/embedded/serve.yaml $${models[@]+"$${models[@]}"} $(ARGS)
 
+# Two files at a time, each in one process with the services and Rays its tests share; one file alone, whose tests all
+# have one name, of which pytest-xdist would run one.
+FUZZ := tests/serving/test_fuzz.py
+
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore $(FUZZ)
+	@$(BIN)/python -m pytest -q $(FUZZ)
 
 test-fast: $(STAMP)
-	@$(BIN)/python -m pytest -q -m 'not slow'
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore $(FUZZ) -m 'not slow'
+	@$(BIN)/python -m pytest -q $(FUZZ)
 
 fuzz: $(STAMP)
-	@FUZZ_CASES=600 $(BIN)/python -m pytest -q tests/serving/test_fuzz.py
+	@FUZZ_CASES=600 $(BIN)/python -m pytest -q $(FUZZ)
 
 openapi: $(STAMP)
 	@$(BIN)/python -c 'import json; from serving.api import document; \

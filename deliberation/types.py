@@ -21,14 +21,14 @@ class InputError(ValueError):
 
     Attributes:
         field: dotted name of the field, e.g. ``opinions[2]``.
-        value: the offending value (shortened when shown).
+        value: the offending value (shortened in the middle when shown).
         mend: what to do about it.
     """
 
     def __init__(self, field: str, value: object, mend: str):
         self.field, self.value, self.mend = field, value, mend
         shown = repr(value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        shown = shown if len(shown) <= 80 else f"{shown[:37]} ... {shown[-38:]}"  # a path's end says most
         super().__init__(f"{field} = {shown}: {mend}")
 
     def __reduce__(self) -> tuple:

@@ -299,3 +299,9 @@ def test_bad_splits_are_named():
         split_by_topic(items, [1, 1], 0)
     with pytest.raises(InputError, match="shares"):
         split_by_topic(items, [1, 0], 0)
+
+
+def test_a_long_value_is_shown_with_both_its_ends():
+    folder = "/home/" + "somebody/" * 20
+    error = str(InputError("data", f"{folder}d.jsonl, row 2", "is no list"))
+    assert "'/home/somebody" in error and "d.jsonl, row 2': is no list" in error and len(error) < 110
