@@ -1,8 +1,8 @@
 """The bi-encoder beside the cross-encoder: a vector of the opinion, one of the statement, and small networks on both.
 
 The cross-encoder reads opinion and statement together. A bi-encoder reads each text alone (Reimers & Gurevych 2019),
-and its networks read how the two vectors lie to each other (Conneau et al. 2017); it errs elsewhere, so the sum of both
-scores orders statements better than either. On disk it is the folder ``bi_encoder`` of the preference model's.
+and its networks read how the two vectors lie to each other (Conneau et al. 2017). Its score is added to the
+cross-encoder's. On disk it is the folder ``bi_encoder`` of the preference model's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deliberation.tokens import plain_ids
+from deliberation.types import InputError
 from reward.heads import room_of
 
 FOLDER = "bi_encoder"
@@ -61,8 +62,10 @@ class BiEncoder:
     def vectors(self, texts: Sequence[str]) -> Tensor:
         """Vectors float32 [texts, width] of about unit variance a component: the mean over a text's lines.
 
-        What someone endorsed stands on lines of its own, and the mean does not depend on their order. A line longer
-        than what the encoder reads is cut.
+        What someone endorsed stands on lines of its own, and the mean does not depend on their order.
+
+        Raises:
+            InputError: field ``bi_encoder``, on a line longer than what the encoder reads.
         """
         lines = [[line for line in text.split("\n") if line.strip()] or [text] for text in texts]
         distinct = sorted({line for text in lines for line in text}, key=lambda line: (len(line), line))
@@ -77,7 +80,9 @@ class BiEncoder:
         passes: list[list[list[int]]] = [[]]
         for text in texts:
             ids = plain_ids(self.tokenizer, text)
-            ids = ids if len(ids) <= room else [*ids[: room - 1], ids[-1]]
+            if len(ids) > room:
+                mend = f"is longer than the {room} that the bi-encoder reads; shorten it, or break it into lines"
+                raise InputError("bi_encoder", f"{text[:40]!r} ({len(ids)} tokens)", mend)
             longest = max([len(ids), *map(len, passes[-1])])
             if passes[-1] and (len(passes[-1]) + 1) * longest > BATCH_TOKENS:
                 passes.append([])

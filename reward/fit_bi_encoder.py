@@ -50,15 +50,18 @@ def fit_bi_encoder(
         name: the sentence encoder, a folder or a hub name.
         start: the fixed scale that the cross-encoder's scores move on.
         config: of the fit; every head of the ensemble is a network here.
+
+    Raises:
+        InputError: field ``bi_encoder``, on a line longer than what the encoder reads.
     """
     logits = Calibration(start.cut_points, 1.0, start.values)  # the networks' own scale
     # 1. Every text once
     numbered = _Numbered()
     members = members_of(numbered, responses, config.margin, config.heads, config.seed)  # type: ignore[arg-type]
-    model = BiEncoder(*load_encoder(name, config.device), make_networks(1, 0))
-    vectors = model.vectors(list(numbered.numbers)).cpu().clone()  # out of inference mode
-    # 2. The networks, by AdamW with a linear decay
     with torch.random.fork_rng():
+        model = BiEncoder(*load_encoder(name, config.device), make_networks(1, 0))
+        vectors = model.vectors(list(numbered.numbers)).cpu().clone()  # out of inference mode
+        # 2. The networks, by AdamW with a linear decay
         torch.manual_seed(config.seed)
         model.networks = make_networks(vectors.shape[1], config.heads)
         collator = Collator(numbered, config.margin, 1 << 30)  # type: ignore[arg-type]

@@ -108,7 +108,11 @@ def fit(
     if not any(m.pairs or soft_pairs(m) for m in members):
         apart = f"differ by {config.margin} or more" if values == RATINGS else "differ"
         raise InputError("ratings", len(first), f"no two answers of a member {apart}; give some that do")
-    # 3. Fit
+    # 3. The bi-encoder first: a text it cannot read must not cost an hour of training
+    beside = None
+    if config.bi_encoder is not None:
+        beside = fit_bi_encoder(config.bi_encoder, first, unfitted.calibration, config, progress)
+    # 4. Fit
     _spread_heads(model, config.heads)
     arguments = copy.copy(config)
     arguments.disable_tqdm = config.disable_tqdm or not progress
@@ -119,14 +123,13 @@ def fit(
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     fitted: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # its autocast too
     fitted = fitted.merge_and_unload() if config.use_peft else fitted
+    # 5. Calibrate and measure on what they have not seen
     facts = {"base": config.model_name_or_path, "seed": config.seed, "margin": config.margin, "ratings": len(first)}
     result = PreferenceModel(fitted.eval(), tokenizer, unfitted.calibration, {**facts, **raters})
     result.ensemble, result.attention = _gather_heads(fitted), config.attention
-    # 4. The bi-encoder, to what the cross-encoder was fitted to
-    if config.bi_encoder is not None:
-        result.bi_encoder = fit_bi_encoder(config.bi_encoder, first, unfitted.calibration, config, progress)
+    if beside is not None:
+        result.bi_encoder = beside
         result.metadata["bi_encoder"] = config.bi_encoder
-    # 5. Calibrate and measure on what they have not seen
     leveled = any(isinstance(r, Rating | Vote | SoftVote) for r in first)
     topics = {r.topic for r in first if r.topic}
     return calibrated(result, held_out, second, values, leveled, topics, config.min_kappa)
