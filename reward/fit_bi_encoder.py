@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -11,8 +12,11 @@ from deliberation.types import Response
 from reward.bi_encoder import BiEncoder, load_encoder, make_networks
 from reward.calibration import Calibration
 from reward.examples import Collator, Member, members_of
+from reward.held_out import texts_of
 from reward.objective import preference_loss
+from reward.preference import PreferenceModel
 from reward.preference_config import PreferenceConfig
+from reward.scoring import score_ratings
 
 EPOCHS = 6
 BATCH = 64
@@ -81,10 +85,29 @@ def fit_bi_encoder(
                     bar.update()
     # 3. On the scale of the score they are added to
     model.networks.eval().requires_grad_(False).to(config.device)
+    _multiply(model, 1 / start.slope)
+    return model
+
+
+def weigh_alike(model: PreferenceModel, responses: Sequence[Response]) -> None:
+    """Scale the networks' scores so that they have the standard deviation of the cross-encoder's.
+
+    Left alone where one of the two scores all of ``responses`` (held out from both fits) alike.
+    """
+    assert model.bi_encoder is not None
+    rows = texts_of(responses)
+    read_together = float(score_ratings(replace(model, bi_encoder=None), rows).std())
+    scores = model.bi_encoder.scores([row.opinion for row in rows], [row.statement for row in rows])
+    read_apart = float(scores.mean(1).std(correction=0))
+    if read_together > 0 and read_apart > 0:
+        _multiply(model.bi_encoder, read_together / read_apart)
+
+
+def _multiply(model: BiEncoder, factor: float) -> None:
+    """Every score times ``factor``."""
     for network in model.networks:
         for parameter in network[-1].parameters():  # type: ignore[index]
-            parameter.div_(start.slope)
-    return model
+            parameter.data.mul_(factor)
 
 
 def _loss(

@@ -42,7 +42,7 @@ from reward.examples import (
     scale_of,
     soft_pairs,
 )
-from reward.fit_bi_encoder import fit_bi_encoder
+from reward.fit_bi_encoder import fit_bi_encoder, weigh_alike
 from reward.heads import apply_head, encoder_features, head_of, set_head
 from reward.held_out import calibrated, hold_out, texts_of
 from reward.measures import answer_of
@@ -129,6 +129,7 @@ def fit(
     result.ensemble, result.attention = _gather_heads(fitted), config.attention
     if beside is not None:
         result.bi_encoder = beside
+        weigh_alike(result, held_out)
         result.metadata["bi_encoder"] = config.bi_encoder
     leveled = any(isinstance(r, Rating | Vote | SoftVote) for r in first)
     topics = {r.topic for r in first if r.topic}

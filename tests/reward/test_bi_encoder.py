@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from deliberation.types import InputError, Vote
 from reward.bi_encoder import FOLDER, BiEncoder, make_networks
 from reward.calibration import VOTES, Calibration
-from reward.fit_bi_encoder import fit_bi_encoder
+from reward.fit_bi_encoder import fit_bi_encoder, weigh_alike
 from reward.preference import PreferenceModel
 from reward.preference_config import PreferenceConfig
 from reward.scoring import score, score_one_by_one, score_responses
@@ -186,6 +186,15 @@ def test_the_command_fits_and_saves_both_and_the_cross_encoder_is_the_same_as_wi
     assert replace(both, bi_encoder=None).version == alone.version
     assert both.calibration != alone.calibration and both.metadata["bi_encoder"] == encoder
     assert len(both.bi_encoder.networks) == both.ensemble.out_features == 2
+    together, apart = score_responses(alone, data[1]).raw, score_responses(both, data[1]).raw
+    np.testing.assert_allclose((apart - together).std(), together.std(), rtol=1e-4)
+
+
+def test_where_all_scores_are_one_nothing_is_weighed():
+    model = preference_model(heads=1)
+    before = score(model, "Q?", OPINIONS, STATEMENTS).raw
+    weigh_alike(model, [Vote("d", 0, "Q?", OPINIONS[0], STATEMENTS[0], 1)])
+    np.testing.assert_array_equal(score(model, "Q?", OPINIONS, STATEMENTS).raw, before)
 
 
 def test_what_is_no_encoder_is_refused_before_anything_is_trained(tmp_path):
