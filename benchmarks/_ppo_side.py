@@ -100,18 +100,22 @@ def trl_side(updates: int, folder: str) -> Clock:
 def our_side(updates: int, folder: str, recommended: bool, bf16: bool) -> Clock:
     """Ours: TRL's settings (one completion a prompt, separate value model, fp32), or those we recommend.
 
-    Recommended: four completions of a prompt, which share its computation, a value head on the policy's backbone, and
-    bfloat16 where ``autocast_is_faster``.
+    Recommended: four completions of a prompt, which share its computation (the reward model's too, by
+    ``reward.scoring``), a value head on the policy's backbone, and bfloat16 where ``autocast_is_faster``.
     """
+    from reward.calibration import Calibration
+    from reward.preference import PreferenceModel
+    from reward.scoring import score_rows
     from rl.trainer import PPOConfig, PPOTrainer
 
     clock, tokenizer = Clock(), make_tokenizer()
-    reward = make_model(LlamaForSequenceClassification, num_labels=1).eval()
+    classifier = make_model(LlamaForSequenceClassification, num_labels=1)
+    reward = PreferenceModel(classifier, tokenizer, Calibration.of_ratings([1, 7], (1, 7)))
 
-    @torch.no_grad()
     def reward_model(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        rows = [f"{prompt} {completion}" for prompt, completion in zip(prompts, completions, strict=True)]
-        return reward(**tokenizer(rows, return_tensors="pt", padding=True)).logits[:, 0].tolist()
+        distinct = list(dict.fromkeys(prompts))
+        prefixes, suffixes = ([tuple(ids) for ids in tokenizer(texts).input_ids] for texts in (distinct, completions))
+        return score_rows(reward, prefixes, suffixes, [distinct.index(prompt) for prompt in prompts]).raw.tolist()
 
     generations = 4 if recommended else 1
     args = PPOConfig(output_dir=folder, max_steps=updates, num_prompts=COMPLETIONS // generations,

@@ -52,6 +52,8 @@ def check_sharding(args: Any) -> None:
     for key in ("offload_optimizer", "offload_param"):
         if settings.get("zero_optimization", {}).get(key):
             raise InputError(f"deepspeed: zero_optimization.{key}", "set", "is not supported: take it out")
+    if args.torch_compile:
+        raise InputError("torch_compile", True, "must be false with DeepSpeed, whose hooks it would compile away")
     if args.target_kl is not None:
         mend = "is not supported with DeepSpeed, which has taken the step before the KL is known"
         raise InputError("target_kl", args.target_kl, mend)

@@ -27,6 +27,7 @@ from deliberation.types import InputError
 from rl import metrics as numbers
 from rl import ppo
 from rl.checkpoints import last_good
+from rl.compiled import compile_layers, sampled_eagerly
 from rl.gathering import add_to_parameter, load_whole, shares_weights, whole_weights
 from rl.inputs import ModelInputs, collate, collate_shared, spread
 from rl.logs import JsonlLog, PromptStream
@@ -35,7 +36,15 @@ from rl.recording import RecordingTrainer
 from rl.rewards import RewardFunction, RewardFunctions, Scores, background, merge_scores
 from rl.rollout import Rollout, collect, merge, mini_batches, prompt_seeds
 from rl.setup import can_share_prefix, check_dataset, check_precision, load, parameter_groups, reference_and_policy
-from rl.value import PolicyAndValue, TokenOutputs, check_logits, completion_logprobs, disable_dropout, hidden_states
+from rl.value import (
+    PolicyAndValue,
+    TokenOutputs,
+    backbone_of,
+    check_logits,
+    completion_logprobs,
+    disable_dropout,
+    hidden_states,
+)
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 
@@ -116,6 +125,8 @@ class PPOTrainer(RecordingTrainer):
             )
         if self.ref_model is not None:
             self.ref_model.to(self.accelerator.device)
+        backbones = [backbone_of(part) for part in (policy, value_model, self.ref_model) if part is not None]
+        compile_layers(backbones, args, self.accelerator)
 
     # ---- data, optimiser -----------------------------------------------------------------------------------------
 
@@ -186,7 +197,7 @@ class PPOTrainer(RecordingTrainer):
         args, size = self.args, max(1, self.args.rollout_batch_size // num_generations)
         cuts = [slice(start, start + size) for start in range(0, len(rows), size)]
         with background(len(cuts) > 1) as start_scoring:
-            with self._timed("rollout"):
+            with self._timed("rollout"), sampled_eagerly(args.torch_compile):
                 sampled, waiting = [], []
                 for cut in cuts:
                     sampled.append(self._sample(rows[cut], num_generations, seeds[cut]))
@@ -257,7 +268,7 @@ class PPOTrainer(RecordingTrainer):
         for rows in (rows for batch in self._mini_batches(rollout, epoch=0) for rows in batch):
             inputs = self._inputs(rollout, rows)
             with self.compute_loss_context_manager():
-                out: TokenOutputs = self.model(inputs, self.args.temperature)
+                out: TokenOutputs = self.model(inputs, self.args.temperature, entropy=True)
                 reference = self._reference_logprobs(inputs)
             at, mask = rows.to(device), rollout.mask[rows.to(device)]
             for full, flat in ((old, out.logprobs), (ref, reference), (values, out.values), (entropy, out.entropy)):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from deliberation.types import InputError
 from rl.inputs import ModelInputs
+from rl.last_layer import last_feed_forward_at
 
 VALUE_FOLDER = "value_model"
 HEAD_FILE = "value_head.safetensors"
@@ -26,16 +27,21 @@ MAX_LOGITS = 2**26
 
 
 class TokenOutputs(NamedTuple):
-    """Per action token, fp32 ``[N]``: log-probability, entropy (detached, nats) and state value."""
+    """Per action token, fp32 ``[N]``: log-probability, state value, and entropy in nats (detached; None: not asked)."""
 
     logprobs: Tensor
-    entropy: Tensor
     values: Tensor
+    entropy: Tensor | None
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT wrapper (whose adapter layers stay injected), or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """What makes hidden states: the model without its head, adapter layers inside."""
+    return _unwrapped(model).base_model
 
 
 def hidden_states(model: nn.Module, inputs: ModelInputs) -> Tensor:
@@ -45,14 +51,16 @@ def hidden_states(model: nn.Module, inputs: ModelInputs) -> Tensor:
         if inputs.attention_mask is None
         else dict(attention_mask=inputs.attention_mask, position_ids=inputs.position_ids)
     )
-    states = _unwrapped(model).base_model(input_ids=inputs.input_ids, use_cache=False, **extra).last_hidden_state
+    backbone = backbone_of(model)
+    with last_feed_forward_at(backbone, inputs.source, inputs.input_ids.shape):
+        states = backbone(input_ids=inputs.input_ids, use_cache=False, **extra).last_hidden_state
     return states.flatten(0, 1)[inputs.source]
 
 
 def completion_logprobs(
-    model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, most: int = 0
-) -> tuple[Tensor, Tensor]:
-    """fp32 log-probabilities and entropies ``[N]`` of ``targets`` under logits / temperature.
+    model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, most: int = 0, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """fp32 log-probabilities ``[N]`` of ``targets`` under logits / temperature, and entropies where asked for.
 
     At most ``MAX_LOGITS`` logits are there at once: where the vocabulary is large, tokens go through in parts, and the
     backward pass makes the logits of each part again.
@@ -64,20 +72,24 @@ def completion_logprobs(
     rows = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     count = math.ceil(max(len(targets), most) / rows)
     if count <= 1:
-        return _token_logprobs(head, hidden, targets, temperature)
+        return _token_logprobs(head, hidden, targets, temperature, entropy)
     parts = [
-        checkpoint(_token_logprobs, head, h, t, temperature, use_reentrant=False)
+        checkpoint(_token_logprobs, head, h, t, temperature, entropy, use_reentrant=False)
         for h, t in zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True)
     ]
     logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    return torch.cat(logprobs), torch.cat(entropies) if entropy else None
 
 
-def _token_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _token_logprobs(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     logprobs = (head(hidden).float() / temperature).log_softmax(dim=-1)
-    with torch.no_grad():
-        entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+    found = None
+    if entropy:  # as large as the logits, so not for nothing
+        with torch.no_grad():
+            found = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), found
 
 
 def check_logits(model: nn.Module) -> None:
@@ -161,18 +173,23 @@ class PolicyAndValue(nn.Module):
         own = [] if self.value_model is None else list(self.value_model.parameters())
         return [p for p in [*own, *self.value_head.parameters()] if p.requires_grad]
 
-    def forward(self, inputs: ModelInputs, temperature: float, value_only: bool = False) -> TokenOutputs:
-        """Log-probabilities, entropies and values of the action tokens; the temperature never touches the values.
+    def forward(
+        self, inputs: ModelInputs, temperature: float, value_only: bool = False, entropy: bool = False
+    ) -> TokenOutputs:
+        """Log-probabilities and values of the action tokens, and entropies where asked for; the temperature never
+        touches the values.
 
         ``value_only`` cuts the gradient between the head and a shared backbone, and all of the policy's (critic
         warm-up: the actor must not move).
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not value_only):
             hidden = hidden_states(self.policy, inputs)
-            logprobs, entropy = completion_logprobs(self.policy, hidden, inputs.targets, temperature, self.most_tokens)
+            logprobs, entropies = completion_logprobs(
+                self.policy, hidden, inputs.targets, temperature, self.most_tokens, entropy
+            )
         critic = hidden if self.value_model is None else hidden_states(self.value_model, inputs)
         values = self.value_head(critic.to(self.value_head.weight.dtype)).float().squeeze(-1)
-        return TokenOutputs(logprobs, entropy, values)
+        return TokenOutputs(logprobs, values, entropies)
 
     def save_value(self, folder: str | Path) -> None:
         """Write ``folder/value_model/``: the head; a separate model in its usual layout too, with the head as score."""
