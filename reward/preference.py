@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from deliberation.kernels import share_heads
 from deliberation.prompts import preference_prefix, preference_suffix
 from deliberation.tokens import plain_ids
 from deliberation.types import InputError
@@ -71,6 +72,9 @@ class PreferenceModel:
     bi_encoder: BiEncoder | None = None
     lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
     """Held while rows are scored: neither an encoder's hook nor a prefix cache is made for two threads."""
+
+    def __post_init__(self) -> None:
+        share_heads(torch.cuda.is_available())
 
     @property
     def version(self) -> str:

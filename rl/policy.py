@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from deliberation.kernels import share_heads
 from deliberation.types import InputError, is_hub_name
 from embedded import resolve
 from rl.sampling import Sample, sample
@@ -88,6 +89,7 @@ def load_policy(
     Raises:
         InputError: on a folder without safetensors, or a model that is not full attention.
     """
+    share_heads(torch.cuda.is_available())
     path = resolve(model_name_or_path)
     _check_folder(path)
     is_adapter = (Path(path) / "adapter_config.json").is_file()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deliberation.kernels import share_heads
 from deliberation.types import InputError
 from rl.ppo_config import PPOConfig
 
@@ -29,6 +30,7 @@ def load(
     model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: PPOConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load what is given as a path; a model object brings its tokenizer along."""
+    share_heads(torch.cuda.is_available())
     if isinstance(model, str):
         from rl.policy import load_policy
 
