@@ -1,4 +1,4 @@
-"""What PPO learns on the embedded default, over seeds: against SFT, and trained for one sample or for the best of 4.
+"""What PPO learns on the embedded default, over seeds: against SFT, with more prompts an update, and for the best of 4.
 
     python -m benchmarks.ppo_learning --policy runs/demo/sft --preference_model runs/demo/preference --seeds 0 1 2 3 4
 
@@ -35,6 +35,7 @@ from rl.logs import read_log
 
 ARMS: dict[str, dict[str, Any]] = {
     "ppo": {},
+    "ppo_32": {"num_prompts": 32},
     "ppo_for_4": {"best_of_n": 4, "num_generations": 16, "num_prompts": 8, "leave_one_out_baseline": False},
 }
 """What differs from ``configs/embedded/ppo.yaml``."""
