@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-COLOURS = {"ppo": "#b5442b", "ppo_for_4": "#1b6ca8"}
-LABELS = {"ppo": "PPO, one sample", "ppo_for_4": "PPO trained for the best of 4, one sample"}
+COLOURS = {"ppo": "#b5442b", "ppo_32": "#3d7a3a", "ppo_for_4": "#1b6ca8"}
+LABELS = {
+    "ppo": "PPO, one sample",
+    "ppo_32": "PPO, 32 prompts an update, one sample",
+    "ppo_for_4": "PPO trained for the best of 4, one sample",
+}
 
 
 def plot(curves: dict[str, list[list[dict[str, float]]]], best_of: list[dict[str, float]], path: Path) -> None:
