@@ -29,7 +29,7 @@ def last_feed_forward_at(backbone: nn.Module, source: Tensor, shape: torch.Size)
         shape: (R, L).
     """
     layer: Any = backbone.layers[-1] if hasattr(backbone, "layers") else None
-    if type(layer).__name__ not in LAYERS or (layer.training and layer.gradient_checkpointing):
+    if type(layer).__name__ not in LAYERS or layer.gradient_checkpointing:
         yield
         return
     places = source.unique()

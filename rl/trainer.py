@@ -125,6 +125,8 @@ class PPOTrainer(RecordingTrainer):
             )
         if self.ref_model is not None:
             self.ref_model.to(self.accelerator.device)
+            if args.activation_checkpointing:  # saves it nothing, but its last layer then runs as the policy's does
+                self.ref_model.activation_checkpointing_enable()
         backbones = [backbone_of(part) for part in (policy, value_model, self.ref_model) if part is not None]
         compile_layers(backbones, args, self.accelerator)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ppo_helpers import make_trainer
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -94,3 +95,13 @@ def test_an_error_inside_leaves_no_hook_behind():
         model(broken._replace(attention_mask=torch.ones_like(inputs.input_ids)), 0.7)
     layer = model.policy.model.layers[-1]
     assert not layer.mlp._forward_hooks and not layer.post_attention_layernorm._forward_pre_hooks
+
+
+def test_with_activation_checkpointing_the_reference_runs_as_the_policy_does(tmp_path):
+    trainer, seen = make_trainer(tmp_path, activation_checkpointing=True, max_steps=1), {"policy": set(), "ref": set()}
+    for name, model in (("policy", trainer.model.policy), ("ref", trainer.ref_model)):
+        mlp = model.model.layers[-1].mlp
+        mlp.register_forward_pre_hook(lambda _, args, name=name: seen[name].add(args[0].ndim))
+    trainer.train()
+    assert seen == {"policy": {3}, "ref": {3}}  # whole rows, not a list of places
+    assert trainer.state.log_history[0]["objective/kl"] == 0.0
