@@ -48,7 +48,7 @@ def fit_bi_encoder(
     config: PreferenceConfig,
     progress: bool = True,
 ) -> BiEncoder:
-    """Fit to what the cross-encoder is fitted to, see ``reward.train.fit``; its score is to be added to that one's.
+    """Fit to what the cross-encoder is fitted to, see ``reward.train.fit``; scores are in logits, see ``weigh_alike``.
 
     Args:
         name: the sentence encoder, a folder or a hub name.
@@ -83,9 +83,7 @@ def fit_bi_encoder(
                     optimiser.step()
                     schedule.step()
                     bar.update()
-    # 3. On the scale of the score they are added to
     model.networks.eval().requires_grad_(False).to(config.device)
-    _multiply(model, 1 / start.slope)
     return model
 
 
@@ -100,14 +98,9 @@ def weigh_alike(model: PreferenceModel, responses: Sequence[Response]) -> None:
     scores = model.bi_encoder.scores([row.opinion for row in rows], [row.statement for row in rows])
     read_apart = float(scores.mean(1).std(correction=0))
     if read_together > 0 and read_apart > 0:
-        _multiply(model.bi_encoder, read_together / read_apart)
-
-
-def _multiply(model: BiEncoder, factor: float) -> None:
-    """Every score times ``factor``."""
-    for network in model.networks:
-        for parameter in network[-1].parameters():  # type: ignore[index]
-            parameter.data.mul_(factor)
+        for network in model.bi_encoder.networks:
+            for parameter in network[-1].parameters():  # type: ignore[index]
+                parameter.mul_(read_together / read_apart)
 
 
 def _loss(

@@ -171,7 +171,7 @@ def test_it_learns_whose_opinion_it_reads_and_the_seed_alone_decides(tmp_path, e
     assert found.shape == (400, 2)
     right = (found.mean(1) > 0).numpy() == (np.array([v.vote for v in votes]) > 0)
     assert right.mean() > 0.95
-    assert 0.2 < float(found.std()) * start.slope < 10  # in logits
+    assert 0.2 < float(found.std()) < 10  # in logits
     again = fit_bi_encoder(encoder, world(people=4000), start, arguments, progress=False)
     torch.testing.assert_close(again.scores([v.opinion for v in votes], [v.statement for v in votes]), found)
 

@@ -15,8 +15,8 @@ import tiny
 @pytest.fixture(autouse=True)
 def no_trace(monkeypatch):
     """TrainingArguments leaves its wish in the environment, for all that come after."""
-    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
-    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.delenv(name, raising=False)  # and restored at the end
     yield
     torch.compiler.reset()
 
