@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from deliberation.last_layer import last_feed_forward_at
 from deliberation.types import InputError
 from reward.heads import inner_model, is_encoder
 
@@ -95,7 +96,8 @@ def prefix_states(model: nn.Module, ids: Tensor, lengths: Tensor) -> Prefixes:
     backbone = sharing_backbone(model)
     opening = int(ids[0, 0]) if is_encoder(model) else None
     if opening is None:
-        output = backbone(input_ids=ids, attention_mask=mask(lengths, ids.shape[1]), use_cache=True)
+        with last_feed_forward_at(backbone, lengths[:0], ids.shape):
+            output = backbone(input_ids=ids, attention_mask=mask(lengths, ids.shape[1]), use_cache=True)
         cache = output.get("cache")
     else:
         ids, lengths, cache = ids[:, 1:], lengths - 1, DynamicCache(config=backbone.config)
@@ -118,7 +120,8 @@ def shared_states(model: nn.Module, prefixes: Sequence[Sequence[int]], device: t
     beginning = prefix_states(model, *pad([prefixes[0][:shared]], device))
     ids, lengths = pad([prefix[shared:] for prefix in prefixes], device)
     layers = [_SharedPrefixLayer(*layer, torch.zeros_like(lengths), keep=True) for layer in beginning.layers]
-    _continue(model, beginning, layers, ids, lengths, torch.zeros_like(lengths))
+    with last_feed_forward_at(sharing_backbone(model), lengths[:0], ids.shape):
+        _continue(model, beginning, layers, ids, lengths, torch.zeros_like(lengths))
     return Prefixes([layer.whole for layer in layers], lengths + shared)
 
 
@@ -141,8 +144,11 @@ def suffix_features(model: nn.Module, prefixes: Prefixes, ids: Tensor, lengths: 
     layers = [_SharedPrefixLayer(keys, values, owners, keep=False) for keys, values in prefixes.layers]
     if prefixes.opening is not None:
         return _read_opening(model, prefixes, layers, ids, lengths, owners)
-    hidden = _continue(model, prefixes, layers, ids, lengths, owners)
-    return hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
+    rows, width = ids.shape
+    last = torch.arange(rows, device=ids.device) * width + lengths - 1
+    with last_feed_forward_at(sharing_backbone(model), last, ids.shape):
+        hidden = _continue(model, prefixes, layers, ids, lengths, owners)
+    return hidden.flatten(0, 1)[last]
 
 
 def _continue(

@@ -11,19 +11,19 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import nn
 
+from deliberation.last_layer import LAYERS
 from deliberation.types import InputError
-from rl.last_layer import LAYERS
 
 
 def compile_layers(backbones: Sequence[nn.Module], args: Any, accelerator: Accelerator) -> None:
     """Compile the layers of ``backbones`` in place where ``args.torch_compile`` asks for it, but the last.
 
     Layers are alike, so that one compiled layer serves them all, for every length (dynamic shapes); the last changes at
-    every call (``rl.last_layer``). In place, so that new, old and reference log-probabilities still come from one code
-    path; accelerate would compile the whole model for the optimiser steps alone, and is told not to.
+    every call (``deliberation.last_layer``). In place, so that new, old and reference log-probabilities still come from
+    one code path; accelerate would compile the whole model for the optimiser steps alone, and is told not to.
 
     Raises:
-        InputError: field ``torch_compile``, on layers of another kind than ``rl.last_layer.LAYERS``.
+        InputError: field ``torch_compile``, on layers of another kind than ``deliberation.last_layer.LAYERS``.
     """
     accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
     if not args.torch_compile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,11 +27,20 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     Returns:
         The same shape, not renormalised.
     """
-    lowest = _lowest_kept(probabilities.topk(min(NUCLEUS_TOP, probabilities.shape[-1]), dim=-1).values, top_p)
+    vocabulary = probabilities.shape[-1]
+    lowest = _lowest_kept(_largest(probabilities, min(NUCLEUS_TOP, vocabulary)), top_p)
     wide = lowest.isnan().squeeze(-1)  # rows too flat for the first look
     if bool(wide.any()):
-        lowest[wide] = _lowest_kept(probabilities[wide].sort(dim=-1, descending=True).values, top_p, whole=True)
+        lowest[wide] = _lowest_kept(_largest(probabilities[wide], vocabulary), top_p, whole=True)
     return probabilities.masked_fill(probabilities < lowest, 0.0)
+
+
+def _largest(probabilities: Tensor, count: int) -> Tensor:
+    """The ``count`` largest of each row, descending. On a CPU by numpy, which sorts many times faster than torch."""
+    if probabilities.device.type != "cpu":
+        return probabilities.topk(count, dim=-1).values
+    found = np.partition(probabilities.numpy(), -count, axis=-1)[:, -count:]
+    return torch.from_numpy(np.sort(found, axis=-1)[:, ::-1].copy())
 
 
 def _lowest_kept(descending: Tensor, top_p: float, whole: bool = False) -> Tensor:

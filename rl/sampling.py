@@ -1,5 +1,7 @@
 """Sampling statements from a policy: pure, reproducible, and the prompt computed once for all its samples.
 
+What is repeated is guessed and read several tokens at a time (``rl.lookup``); no guess changes what is drawn.
+
 Token ``t`` of sample ``i`` inverts the cumulative distribution at a uniform number that depends on (seed, i, t) alone:
 not on n, on the other prompts, on their order, or on which samples have ended. Probabilities differ by rounding (about
 1e-7) with the shape of the batch, so a draw can differ between two batchings with a chance of about 1e-6 a token; with
@@ -82,9 +84,8 @@ class _Stops:
         self.at_line_break = at_line_break
         self.breaks, self.after_text, self.blank = _line_breaks(tokenizer) if at_line_break else (frozenset(),) * 3
 
-    def add(self, stream: Stream, sample: int, token: int) -> bool:
-        """Append ``token``; True if it ends the completion."""
-        stream.ids[sample].append(token)
+    def ends(self, stream: Stream, sample: int, token: int) -> bool:
+        """Whether ``token``, its newest, ends the sample."""
         if token in self.ids:
             return True
         if not self.at_line_break:
@@ -94,31 +95,20 @@ class _Stops:
         return ends
 
 
-def _decode(batch: Batch, stops: _Stops, max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Fill in the ids of the batch's streams; what stays in ``running`` was cut at ``max_new_tokens``."""
+def _decode(batch: Batch, stops: _Stops, temperature: float, top_p: float) -> None:
+    """Fill in the ids of the batch's streams."""
     # 1. Prompts.
-    logits = batch.prefill()
-    layout = batch.layout()
-    for step in range(max_new_tokens):
-        # 2. One token for every running sample.
-        rows, cols, samples = layout
-        tokens, logprobs = draw(logits[rows, cols], batch.uniforms[rows, samples, step], temperature, top_p)
-        # 3. Who ends here?
-        goes_on = []
-        for row, sample, token, logprob in zip(*(x.tolist() for x in (rows, samples, tokens, logprobs)), strict=True):
-            batch.streams[row].logprobs[sample].append(logprob)
-            ended = stops.add(batch.streams[row], sample, token)
-            if ended:
-                batch.streams[row].running.remove(sample)
-            goes_on.append(not ended)
-        # 4. Make the batch smaller and read the new tokens.
-        if step + 1 == max_new_tokens or not any(goes_on):
+    reading, logits = batch.prefill()
+    while True:
+        # 2. One token after every token that was read.
+        uniform = batch.uniforms[reading.rows, reading.samples, reading.steps]
+        tokens, logprobs = draw(logits[reading.rows, reading.cols], uniform, temperature, top_p)
+        # 3. Keep them as far as the guesses were right. Who ends here?
+        batch.keep(reading, tokens.tolist(), logprobs.tolist(), stops.ends)
+        # 4. Make the batch smaller, read the new tokens and new guesses.
+        if not batch.drop_finished():
             return
-        if not all(goes_on):
-            tokens = tokens[torch.tensor(goes_on, device=tokens.device)]
-            batch.drop_finished()
-            layout = batch.layout()
-        logits = batch.step(tokens, step + 1, layout)
+        reading, logits = batch.read()
 
 
 def _check(
@@ -236,9 +226,9 @@ def sample(
     streams = _streams(prompt_ids, each, seeds, max_new_tokens, batch_size)
     with generation_mode(model):
         for streams_together in _batches(streams, batch_size):
-            _decode(Batch(model, streams_together, max_new_tokens), stops, max_new_tokens, temperature, top_p)
+            _decode(Batch(model, streams_together, max_new_tokens), stops, temperature, top_p)
     found = {
-        place: Sample(tokenizer.decode(ids, skip_special_tokens=True), ids, k not in s.running, logprobs)
+        place: Sample(tokenizer.decode(ids, skip_special_tokens=True), ids, s.finished[k], logprobs)
         for s in streams
         for k, (place, ids, logprobs) in enumerate(zip(s.samples, s.ids, s.logprobs, strict=True))
     }

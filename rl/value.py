@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from deliberation.last_layer import last_feed_forward_at
 from deliberation.types import InputError
 from rl.inputs import ModelInputs
-from rl.last_layer import last_feed_forward_at
 
 VALUE_FOLDER = "value_model"
 HEAD_FILE = "value_head.safetensors"

@@ -91,6 +91,20 @@ def test_equals_one_by_one_for_any_text(opinions, statements, batch_tokens):
     )
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_the_last_feed_forward_network_runs_for_the_last_token_of_each_statement_alone(arch):
+    model, seen = preference_model(arch), []
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _, args, k=k: seen.append((k, args[0].shape[:-1].numel())))
+        for k, layer in enumerate(model.model.model.layers)
+    ]
+    score(model, QUESTION, OPINIONS, STATEMENTS)
+    for hook in hooks:
+        hook.remove()
+    of_last = sum(rows for k, rows in seen if k == len(hooks) - 1)
+    assert of_last == len(set(OPINIONS)) * len(set(STATEMENTS)) < sum(rows for k, rows in seen if k == 0) / 10
+
+
 def test_order_changes_nothing():
     forward = score(MODEL, QUESTION, OPINIONS, STATEMENTS)
     backward = score(MODEL, QUESTION, OPINIONS[::-1], STATEMENTS[::-1])

@@ -16,7 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rl import last_layer
+from deliberation import last_layer
 from rl.inputs import collate, collate_shared
 from rl.value import PolicyAndValue
 
