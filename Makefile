@@ -28,7 +28,7 @@ help:
 	@echo 'make fuzz             requests of every shape against the HTTP interface, 10,000 and more'
 	@echo 'make openapi          write docs/openapi.json anew, after a change of the interface'
 	@echo 'make lint             ruff and mypy'
-	@echo 'make bench            the benchmarks, one JSON line each'
+	@echo 'make bench            the benchmarks that need no more than make demo, one after the other (hours); a JSON line each'
 	@echo 'make bench-anchors    set up what benchmarks compare us with (TRL 1.12, in .venv-anchors)'
 	@echo 'make embedded-models  train the shipped models again (hours; never needed by a user)'
 	@echo 'make clean            remove caches and build outputs (runs/ and .venv stay)'
@@ -97,9 +97,20 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+# Those that need no more than what `make demo` leaves in runs/demo; what they write goes to a temporary folder. Others
+# need people's votes and a model fitted to them (human_data, human_preferences), TRL (ppo_curves, see bench-anchors) or
+# PostgreSQL (rating_kills, store).
+BENCHMARKS := scoring sequential ppo_update pool service service_kills uncertainty injection experiment cycle \
+  overoptimization ppo_learning
+
 bench: $(STAMP)
-	@shopt -s nullglob; for script in benchmarks/[a-z]*.py; do name=$$(basename $$script .py); \
-	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name --json; done
+	@test -d runs/demo/ppo || { echo 'error: runs/demo/ppo is missing; run make demo first' >&2; exit 1; }
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; for name in $(BENCHMARKS); do \
+	  case $$name in \
+	    experiment) output=(--plot "$$folder/experiment.png");; \
+	    cycle|ppo_learning) output=(--output "$$folder/$$name");; \
+	    *) output=();; esac; \
+	  echo "== $$name"; $(BIN)/python -m benchmarks.$$name --json $${output[@]+"$${output[@]}"}; done
 
 # What benchmarks compare us with, in a virtual environment of its own: the last TRL with a PPOTrainer.
 bench-anchors:

@@ -7,6 +7,7 @@ the list.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -91,9 +92,11 @@ def to_resume(wanted: str | bool | None, output_dir: str) -> str | None:
             that is tried again has the command it had); None or False: none.
 
     Raises:
-        InputError: field ``resume_from_checkpoint``, if it is torn or not there.
+        InputError: field ``resume_from_checkpoint``, if it is torn or not there; field ``output_dir``, if a new run
+            would start among the checkpoints of another, one of which ``AUTO`` would take for its own.
     """
     if wanted is None or wanted is False:
+        check_new(output_dir)
         return None
     if wanted is True or wanted == AUTO:
         found = last_whole(output_dir)
@@ -104,6 +107,37 @@ def to_resume(wanted: str | bool | None, output_dir: str) -> str | None:
     if wrong is not None:
         raise InputError("resume_from_checkpoint", wanted, f"{wrong}; give a whole one")
     return str(wanted)
+
+
+def check_new(output_dir: str | Path) -> None:
+    """Refuse a folder with checkpoints.
+
+    Raises:
+        InputError: field ``output_dir``.
+    """
+    folder = Path(output_dir).expanduser()
+    if folder.is_dir() and sort_checkpoints(str(folder)):
+        mend = f"holds checkpoints: set resume_from_checkpoint to {AUTO} to go on from the last, or take another folder"
+        raise InputError("output_dir", str(output_dir), mend)
+
+
+def set_aside_later(checkpoint: str | Path) -> None:
+    """Rename the checkpoints beyond ``checkpoint`` in its folder: a run that goes on from there is another from there.
+
+    ``checkpoint-9`` becomes ``aside-1-checkpoint-9``, or the next number that is free.
+    """
+    chosen = Path(checkpoint).resolve()
+    step = _step(chosen)
+    for folder in map(Path, sort_checkpoints(str(chosen.parent))):
+        if _step(folder) > step:
+            free = (folder.with_name(f"aside-{k}-{folder.name}") for k in itertools.count(1))
+            target = next(path for path in free if not path.exists())
+            logger.warning("going on from %s: %s is kept as %s", chosen, folder, target.name)
+            folder.rename(target)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 class Preemption(TrainerCallback):

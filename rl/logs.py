@@ -15,17 +15,27 @@ LOG_FILE = "log.jsonl"
 
 
 class JsonlLog(TrainerCallback):
-    """Appends every log event to ``output_dir/log.jsonl``; a resumed run first drops what lies beyond its checkpoint.
+    """Appends every log event to ``output_dir/log.jsonl``.
 
-    Keys are those of the trackers: ``eval/reward`` for the trainer's ``eval_reward``; always a ``step``.
+    A resumed run first drops what lies beyond its checkpoint; a new one all that an earlier trainer left, but not what
+    its own evaluated before it trained. Keys are those of the trackers: ``eval/reward`` for the trainer's
+    ``eval_reward``; always a ``step``.
     """
+
+    def __init__(self) -> None:
+        self._first: int | None = None  # lines of the file before this trainer's own, None while it has none
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / LOG_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
-            old = read_log(path) if path.is_file() and state.global_step > 0 else []
-            path.write_text("".join(json.dumps(line) + "\n" for line in old if line["step"] <= state.global_step))
+            lines = read_log(path) if path.is_file() else []
+            if state.global_step == 0:
+                lines = [] if self._first is None else lines[self._first :]
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= state.global_step))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._first = None  # what it trains after this is a run of its own
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs is not None:
@@ -36,6 +46,8 @@ class JsonlLog(TrainerCallback):
                 line[key] = None if isinstance(value, float) and not math.isfinite(value) else value
             path = Path(args.output_dir) / LOG_FILE
             path.parent.mkdir(parents=True, exist_ok=True)
+            if self._first is None:
+                self._first = len(read_log(path)) if path.is_file() else 0
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 

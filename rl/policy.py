@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deliberation.kernels import share_heads
 from deliberation.types import InputError, is_hub_name
 from embedded import resolve
 from rl.sampling import Sample, sample
+from rl.value import check_masks
 
 __all__ = [
     "Sample",
-    "check_full_attention",
     "check_model_keys",
     "check_policy",
     "load_from_keys",
@@ -40,23 +40,6 @@ def resolve_attention(attn: str | None, device: str | torch.device) -> str:
         attn = "flash_attention_2" if on_cuda and has_flash else "sdpa"
     logger.info("attention: %s", attn)
     return attn
-
-
-def check_full_attention(config: PreTrainedConfig, stateful: bool = False) -> None:
-    """Refuse hybrid, recurrent and sliding-window models: sharing a prompt between samples would be wrong for them.
-
-    Args:
-        stateful: what transformers says of the model's class (``_is_stateful``): its layers carry a state.
-
-    Raises:
-        InputError: naming ``model_name_or_path``.
-    """
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    sliding = getattr(text, "sliding_window", None) is not None and getattr(text, "layer_types", None) is None
-    if kinds != {"full_attention"} or sliding or stateful:
-        mend = f"model type {text.model_type} is not full attention in every layer; use e.g. Qwen3, Qwen2.5 or Llama"
-        raise InputError("model_name_or_path", config.name_or_path, mend)
 
 
 def _check_folder(path: str) -> None:
@@ -108,7 +91,7 @@ def load_policy(
         trust_remote_code=False,
         revision=revision or "main",
     )
-    check_full_attention(model.config, model._is_stateful)
+    check_masks(model)
     if is_adapter:
         model = PeftModel.from_pretrained(model, path, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(

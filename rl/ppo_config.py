@@ -33,8 +33,8 @@ class PPOConfig(TrainingArguments):
 
     share_prefix: bool = True
     """Completions of one prompt share one row, and its computation, in every pass (gradient through it). Exact for full
-    attention; models of another kind are refused: set it to false for them. Off, with a warning, where the attention
-    kernel takes no mask (flash-attention)."""
+    attention, without which no policy is taken. Off, with a warning, where the attention kernel takes no mask
+    (flash-attention)."""
 
     logging_steps: float = 1
     """Log every so many updates."""
@@ -203,6 +203,8 @@ class PPOConfig(TrainingArguments):
         ):
             if not getattr(self, name) >= 0:
                 raise InputError(name, getattr(self, name), "must not be negative")
+        if self.max_grad_norm is None:
+            raise InputError("max_grad_norm", None, "must be a number; 0 clips nothing")
         if not (self.gamma <= 1 and 0 <= self.lam <= 1):
             raise InputError("gamma, lam", (self.gamma, self.lam), "must be at most 1")
         if self.kl_target is not None and not (self.kl_target > 0 and self.beta > 0):

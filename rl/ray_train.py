@@ -10,10 +10,9 @@ from typing import Any
 
 import ray.train
 from ray.train.torch import TorchTrainer
-from transformers.trainer_utils import sort_checkpoints
 
 from deliberation.types import InputError
-from rl.checkpoints import AUTO
+from rl.checkpoints import AUTO, check_new
 
 FOLDER = "ray_train"
 """Where Ray Train keeps its own notes, inside the run's folder."""
@@ -30,10 +29,8 @@ def check_resume(config: Any) -> None:
     if config.resume_from_checkpoint not in (None, AUTO):
         mend = f"must be {AUTO} with train_workers: a group that starts again goes on from the last checkpoint"
         raise InputError("resume_from_checkpoint", config.resume_from_checkpoint, mend)
-    folder = Path(config.output_dir).expanduser()
-    if config.resume_from_checkpoint is None and folder.is_dir() and sort_checkpoints(str(folder)):
-        mend = f"holds checkpoints: set resume_from_checkpoint to {AUTO} to go on from the last, or take another folder"
-        raise InputError("output_dir", config.output_dir, mend)
+    if config.resume_from_checkpoint is None:
+        check_new(config.output_dir)
 
 
 def train_in_workers(train: Callable[[dict[str, Any]], None], config: Any) -> None:

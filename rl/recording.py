@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from rl import metrics as numbers
-from rl.checkpoints import PART_FOLDER, Preemption, publish, to_resume
+from rl.checkpoints import PART_FOLDER, Preemption, publish, set_aside_later, to_resume
 from rl.gathering import whole_weights
 from rl.logs import write_completions
 from rl.rewards import RewardFunctions
@@ -152,6 +152,11 @@ class RecordingTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """The Trainer's, from a checkpoint that is whole (``rl.checkpoints.to_resume``), and leaving on SIGTERM."""
         checkpoint = to_resume(resume_from_checkpoint, self.args.output_dir)
+        self.accelerator.wait_for_everyone()  # all have looked
+        own = checkpoint is not None and Path(checkpoint).parent.resolve() == Path(self.args.output_dir).resolve()
+        if checkpoint is not None and own and self.is_world_process_zero():
+            set_aside_later(checkpoint)
+        self.accelerator.wait_for_everyone()
         with self.preemption.listening():
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
@@ -193,16 +198,18 @@ class RecordingTrainer(Trainer):
 
         Whole, by the first process; every process must call it.
         """
+        metrics = self._of_all_ranks(dict(self._metrics))  # of updates that are not logged yet
         with whole_weights(self.model_wrapped):
             if self.args.should_save:
-                self._write(Path(output_dir if output_dir is not None else self.args.output_dir))
+                self._write(Path(output_dir if output_dir is not None else self.args.output_dir), metrics)
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, metrics: list[dict[str, list[float]]]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.model.policy.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         self.model.save_value(folder)
-        (folder / STATE_FILE).write_text(json.dumps({"num_tokens": self.num_tokens, "beta": self.beta}))
+        state = {"num_tokens": self.num_tokens, "beta": self.beta, "metrics": metrics}
+        (folder / STATE_FILE).write_text(json.dumps(state))
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -214,11 +221,14 @@ class RecordingTrainer(Trainer):
         """The Trainer's, and the numbers of the run: DeepSpeed loads its weights without ``_load_from_checkpoint``."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._load_state(checkpoint)
+            metrics = self._load_state(checkpoint).get("metrics", [])
+            if len(metrics) == self.args.world_size:
+                self._metrics = defaultdict(list, metrics[self.args.process_index])
 
-    def _load_state(self, checkpoint: str) -> None:
+    def _load_state(self, checkpoint: str) -> dict[str, Any]:
         state = json.loads((Path(checkpoint) / STATE_FILE).read_text())
         self.num_tokens, self.beta = state["num_tokens"], state["beta"]
+        return state
 
     def _load_best_model(self) -> None:
         with whole_weights(self.model_wrapped, changes=True):

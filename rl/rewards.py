@@ -118,8 +118,16 @@ class Scores:
 
 
 def merge_scores(parts: Sequence[Scores]) -> Scores:
-    """Several batches' scores as one; a metric is the mean over completions, a column nobody gave is None there."""
+    """Several batches' scores as one; a metric is the mean over completions, a column nobody gave is None there.
+
+    Raises:
+        InputError: field ``log_extra``, on a column of another length than its completions.
+    """
     sizes = [len(part.rewards) for part in parts]
+    for part, size in zip(parts, sizes, strict=True):
+        for column, values in part.extra.items():
+            if len(values) != size:
+                raise InputError(f"log_extra({column!r})", f"{len(values)} values", f"give {size}, one a completion")
     metrics: dict[str, list[float]] = defaultdict(list)
     for name in dict.fromkeys(name for part in parts for name in part.metrics):
         known = [

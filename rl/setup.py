@@ -8,33 +8,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deliberation.kernels import share_heads
 from deliberation.types import InputError
 from rl.ppo_config import PPOConfig
+from rl.value import check_masks
 
 logger = logging.getLogger(__name__)
 
 
 def check_dataset(name: str, dataset: Any) -> None:
-    """Raise InputError unless ``dataset`` has rows and a column ``prompt``."""
+    """Raise InputError unless ``dataset`` has rows, a column ``prompt``, and the same columns in every row."""
+    if isinstance(dataset, dict):
+        raise InputError(name, sorted(dataset), "is several data sets; give one")
     if len(dataset) == 0:
         raise InputError(name, "0 rows", "give at least one row")
-    if "prompt" not in dataset[0]:
-        raise InputError(name, sorted(dataset[0]), "needs a column 'prompt' (text or messages)")
+    columns = sorted(dataset[0])
+    if "prompt" not in columns:
+        raise InputError(name, columns, "needs a column 'prompt' (text or messages)")
+    for i, row in enumerate(dataset if isinstance(dataset, list) else []):  # in a table they are the same
+        if sorted(row) != columns:
+            raise InputError(f"{name}[{i}]", sorted(row), f"must have the columns of the first row, {columns}")
 
 
 def load(
     model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, args: PPOConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load what is given as a path; a model object brings its tokenizer along."""
+    """Load what is given as a path, an adapter to be trained; a model object brings its tokenizer along."""
     share_heads(torch.cuda.is_available())
     if isinstance(model, str):
         from rl.policy import load_policy
 
         loaded, own = load_policy(model, device=args.device, dtype=torch.float32)
+        if isinstance(loaded, PeftModel):
+            loaded.set_adapter(loaded.active_adapter)  # PEFT loads adapters frozen
         return loaded, tokenizer or own
     if tokenizer is None:
         raise InputError("processing_class", None, "give the tokenizer of a model that is passed as an object")
@@ -42,12 +52,23 @@ def load(
 
 
 def reference_and_policy(model: PreTrainedModel, peft_config: Any) -> tuple[nn.Module | None, nn.Module]:
-    """``(reference, policy)``; no reference model if it is the policy with its (new) adapters off."""
+    """``(reference, policy)``; no reference model if it is the policy with its (new) adapters off.
+
+    Raises:
+        InputError: on a policy of which nothing is trained, or adapters whose base is not what it was with them off.
+    """
+    adapters = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+    if adapters is not None and adapters.is_prompt_learning:
+        raise InputError("peft_config", type(adapters).__name__, "trains a prompt, not the model; use LoraConfig")
     if peft_config is None:
+        if not any(p.requires_grad for p in model.parameters()):
+            mend = "is frozen: load an adapter with is_trainable=True, or call model.requires_grad_(True)"
+            raise InputError("model", type(model).__name__, mend)
         reference = copy.deepcopy(model).requires_grad_(False).eval()
         return reference, model
-    from peft import PeftModel, get_peft_model
-
+    if getattr(peft_config, "bias", "none") != "none":
+        mend = "must be 'none': trained biases stay when the adapters are off, and the reference would move"
+        raise InputError("peft_config", f"bias={peft_config.bias!r}", mend)
     if isinstance(model, PeftModel):
         raise InputError(
             "peft_config",
@@ -109,15 +130,13 @@ def can_share_prefix(wanted: bool, *models: PreTrainedModel | None) -> bool:
     """Whether one row may hold a prompt and several completions: wanted, and every model's attention takes a 4D mask.
 
     Raises:
-        InputError: if it is wanted of a model that is not full attention in every layer: it would be wrong there.
+        InputError: if it is wanted of a model for which it would be wrong.
     """
     if not wanted:
         return False
-    from rl.policy import check_full_attention
-
     for model in models:
         if model is not None:
-            check_full_attention(model.config)
+            check_masks(model)
             if model.config._attn_implementation not in ("sdpa", "eager"):
                 logger.warning("share_prefix is off: %s takes no custom mask", model.config._attn_implementation)
                 return False

@@ -41,6 +41,7 @@ from rl.value import (
     TokenOutputs,
     backbone_of,
     check_logits,
+    check_masks,
     completion_logprobs,
     disable_dropout,
     hidden_states,
@@ -96,12 +97,13 @@ class PPOTrainer(RecordingTrainer):
             check_dataset("eval_dataset", eval_dataset)
         model, processing_class = load(model, processing_class, args)
         check_logits(model)
-        self.share_prefix = can_share_prefix(args.share_prefix and args.num_generations > 1, model, value_model)
+        check_masks(model)  # sampling reads several completions over one prompt, whatever share_prefix
         self.ref_model, policy = reference_and_policy(model, peft_config)
         self.reward_functions = RewardFunctions(reward_funcs, args.reward_weights)
         if args.max_steps <= 0:  # epochs are counted in prompts
             args.max_steps = max(1, math.ceil(args.num_train_epochs * len(train_dataset) / args.num_prompts))
         joint = PolicyAndValue(policy, value_model)
+        self.share_prefix = can_share_prefix(args.share_prefix and args.num_generations > 1, model, value_model)
         for part in filter(None, (joint, self.ref_model)):
             disable_dropout(part)
         check_precision(joint)
@@ -158,6 +160,10 @@ class PPOTrainer(RecordingTrainer):
         self.optimizer = cls(parameter_groups(model, value, decay, self.args), **kwargs)
         return self.optimizer
 
+    def compute_loss_context_manager(self) -> contextlib.AbstractContextManager:
+        """Autocast as the wrapped model's forward has it: the reference, which is not wrapped, must round alike."""
+        return self.accelerator.autocast()
+
     # ---- one update ----------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: list[dict], num_items_in_batch: Any = None) -> Tensor:
@@ -192,6 +198,7 @@ class PPOTrainer(RecordingTrainer):
         unfinished = self.state.global_step + 1 < args.max_steps
         self.preemption.agreed = bool(self._sum_over_ranks(asked)) and unfinished
         loss = torch.stack([s["loss"] for s in steps]).mean() if steps else torch.zeros(())
+        self._log_metric("loss", float(loss))  # the Trainer's own mean forgets, on resuming, what was not logged yet
         return loss.to(args.device)
 
     def _rollout(self, rows: list[dict], num_generations: int, seeds: list[int]) -> Rollout:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from deliberation.last_layer import last_feed_forward_at
 from deliberation.types import InputError
-from rl.inputs import ModelInputs
+from rl.inputs import ModelInputs, collate, collate_shared
 
 VALUE_FOLDER = "value_model"
 HEAD_FILE = "value_head.safetensors"
@@ -46,12 +46,10 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 def hidden_states(model: nn.Module, inputs: ModelInputs) -> Tensor:
     """The backbone's last hidden states ``[N, H]`` at the positions that predict the action tokens."""
-    extra = (
-        {}
-        if inputs.attention_mask is None
-        else dict(attention_mask=inputs.attention_mask, position_ids=inputs.position_ids)
-    )
-    backbone = backbone_of(model)
+    backbone, mask, extra = backbone_of(model), inputs.attention_mask, {}
+    if mask is not None:
+        mask = mask.to(next(backbone.parameters()).dtype) if mask.is_floating_point() else mask
+        extra = dict(attention_mask=mask, position_ids=inputs.position_ids)
     with last_feed_forward_at(backbone, inputs.source, inputs.input_ids.shape):
         states = backbone(input_ids=inputs.input_ids, use_cache=False, **extra).last_hidden_state
     return states.flatten(0, 1)[inputs.source]
@@ -114,6 +112,43 @@ def check_logits(model: nn.Module) -> None:
         )
 
 
+@torch.no_grad()
+def check_masks(model: nn.Module) -> None:
+    """Refuse a model that reads something else in a row shared with others, through a mask, than in one of its own.
+
+    Sampling and ``share_prefix`` rest on it.
+
+    Raises:
+        InputError: for layers that are not full attention, or positions that go by place and not by ``position_ids``.
+    """
+    base, training, attention = _unwrapped(model), model.training, model.config._attn_implementation
+    mend = "is not full attention in every layer, with positions as given; use e.g. Qwen3, Qwen2.5 or Llama"
+    text = base.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    sliding = getattr(text, "sliding_window", None) is not None and getattr(text, "layer_types", None) is None
+    local = any("local" in kind for kinds, _ in getattr(text, "attention_types", []) for kind in kinds)  # GPT-Neo
+    if kinds != {"full_attention"} or sliding or local or base._is_stateful:
+        raise InputError("model_name_or_path", base.config.name_or_path or text.model_type, mend)
+    # A window shows in the config alone; the rest in what the model makes of a row
+    device, vocabulary = next(base.parameters()).device, text.vocab_size
+    prompt, completions = [1, 2, 3], [[k % vocabulary for k in range(4, 16)], [k % vocabulary for k in range(16, 21)]]
+    model.eval()
+    if attention not in ("sdpa", "eager"):  # flash kernels take no such mask, and sampling does without them too
+        model.set_attn_implementation("sdpa")
+    try:
+        alone = hidden_states(model, collate([prompt] * 2, completions, 0, device=device))
+        shared = hidden_states(model, collate_shared([prompt] * 2, completions, 0, device=device))
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:  # whatever a model says that takes no such mask
+        raise InputError("model_name_or_path", text.model_type, f"{mend} ({error})") from error
+    finally:
+        model.train(training)
+        if attention not in ("sdpa", "eager"):
+            model.set_attn_implementation(attention)
+    most = 1e-3 if alone.dtype == torch.float32 else 0.1
+    if not (alone - shared).abs().max() <= most * alone.abs().max():
+        raise InputError("model_name_or_path", text.model_type, mend)
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of ``model`` to 0: the modules' ``p``, and the rates attention layers keep as numbers."""
     for module in model.modules():
@@ -142,8 +177,11 @@ class PolicyAndValue(nn.Module):
         self.policy = policy
         self.value_model = value_model
         self.most_tokens = 0
-        owner = _unwrapped(policy) if value_model is None else value_model
-        self.value_head = nn.Linear(owner.config.hidden_size, 1)
+        if value_model is not None and not isinstance(getattr(value_model, "score", None), nn.Linear):
+            mend = "has no layer `score`; use a causal sequence classifier with one label"
+            raise InputError("value_model", type(value_model).__name__, mend)
+        read_by = _unwrapped(policy).get_output_embeddings() if value_model is None else value_model.score
+        self.value_head = nn.Linear(read_by.in_features, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         if value_model is not None:
@@ -188,7 +226,8 @@ class PolicyAndValue(nn.Module):
                 self.policy, hidden, inputs.targets, temperature, self.most_tokens, entropy
             )
         critic = hidden if self.value_model is None else hidden_states(self.value_model, inputs)
-        values = self.value_head(critic.to(self.value_head.weight.dtype)).float().squeeze(-1)
+        with torch.autocast(critic.device.type, enabled=False):  # bfloat16 knows steps of 0.03 at a value of 5
+            values = self.value_head(critic.to(self.value_head.weight.dtype)).float().squeeze(-1)
         return TokenOutputs(logprobs, values, entropies)
 
     def save_value(self, folder: str | Path) -> None:

@@ -22,8 +22,9 @@ def draw_orders(
 
     With ``reshuffle``, no place in a prompt and no single opinion weighs on all samples: every ``TURN`` samples have an
     order of their own, and from three members on every second sample goes without a part of the group, one part after
-    the other. All are among the judges all the same. So whatever a member writes, there are statements written by the
-    others alone to choose from; what that costs and what it keeps out: ``benchmarks/injection.py``.
+    the other. All are among the judges all the same. So from three members on, with two samples a part (16 at most),
+    there are statements written by the others alone to choose from, whatever a member writes; with fewer samples not
+    every part is left out once. What that costs and what it keeps out: ``benchmarks/injection.py``.
 
     The parts that samples of a turn go without come last in its order: their prompts begin alike, and a policy in this
     process reads what they share once.

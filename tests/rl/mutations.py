@@ -32,6 +32,7 @@ class Mutation:
 
 UPDATE, ROLLOUT, MATH = (f"tests/rl/test_{name}.py::test_" for name in ("trainer_update", "rollout_inputs", "ppo_math"))
 SAMPLING, SAVED = (f"tests/rl/test_{name}.py::test_" for name in ("policy_sampling", "trainer_checkpoint"))
+MODELS = "tests/rl/test_trainer_models.py::test_"
 SCORING, REWARD = "tests/reward/test_scoring.py::test_", "tests/reward/test_reward_train.py::test_"
 
 MUTATIONS = [
@@ -58,8 +59,7 @@ MUTATIONS = [
     Mutation("6 mask from token ids", "rl/rollout.py", "self.mask = ppo.length_mask(lengths)",
              "self.mask = ppo.length_mask(lengths - torch.tensor([ids[-1] == 2 for ids in self.completion_ids]).int())",
              ROLLOUT + "masks_come_from_lengths_and_flags_from_the_sampler_even_if_pad_is_eos"),
-    Mutation("7 the preference model reads padding", "reward/prefixes.py", "device=ids.device), lengths - 1]",
-             "device=ids.device), lengths * 0 - 1]",
+    Mutation("7 the preference model reads padding", "reward/prefixes.py", "width + lengths - 1", "width + width - 1",
              SCORING + "padding_is_never_read_even_when_pad_is_eos"),
     Mutation("8 reward before the last token", "rl/ppo.py", "mask.shape[1] - 1 - mask",
              "mask.shape[1] - 2 - mask", MATH + "the_score_sits_on_the_last_action_token"),
@@ -107,6 +107,16 @@ MUTATIONS = [
              SAVED + "a_killed_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit[head]"),
     Mutation("19 bfloat16 weights are trained", "rl/trainer.py", "        check_precision(joint)\n", "",
              UPDATE + "low_precision_parameters_are_refused"),
+    Mutation("16 an adapter is loaded frozen", "rl/setup.py", "loaded.set_adapter(loaded.active_adapter)", "pass",
+             MODELS + "an_adapter_given_as_a_folder_is_trained_and_its_base_is_not"),
+    Mutation("1 the reference outside autocast", "rl/trainer.py", "return self.accelerator.autocast()",
+             "return contextlib.nullcontext()",
+             MODELS + "in_bfloat16_too_the_kl_of_the_same_weights_is_exactly_0_always"),
+    Mutation("a wrong guess is kept", "rl/decoding.py", " or token != guess[right]", "",
+             "tests/rl/test_lookup.py::test_right_guesses_save_passes_and_wrong_ones_change_nothing"),
+    Mutation("a wrong guess stays in sight", "rl/decoding.py", "for place in places[: 1 + right]]",
+             "for place in places]",
+             "tests/rl/test_lookup.py::test_right_guesses_save_passes_and_wrong_ones_change_nothing"),
     Mutation("20 sampling in training mode", "rl/sampling.py", "    model.eval()\n", "",
              SAMPLING + "mode_is_restored_and_sampling_runs_in_eval_mode"),
     Mutation("21 sampler and trainer differ", "rl/trainer.py", "temperature=args.temperature,",

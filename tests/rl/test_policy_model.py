@@ -7,20 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    Lfm2Config,
-    LlamaConfig,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from deliberation.types import InputError
-from rl.policy import check_full_attention, load_policy, resolve_attention, sample, sequence_logprobs
+from rl.policy import load_policy, resolve_attention, sample, sequence_logprobs
+from rl.value import check_masks
 
 import tiny
 
@@ -169,28 +162,60 @@ def test_missing_folder_is_refused(tmp_path):
         load_policy(str(tmp_path / "nowhere"), device="cpu")
 
 
+GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+MPT_SIZES = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}
+LOCAL = {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}
+
+
+def model_of(kind, **sizes):
+    torch.manual_seed(0)
+    made = {**tiny._sizes(tiny.make_tokenizer()), **sizes}
+    return AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**made))
+
+
 @pytest.mark.parametrize(
-    ("config", "allowed"),
+    ("kind", "sizes"),
     [
-        (LlamaConfig(), True),
-        (Qwen3Config(), True),
-        (Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), False),  # convolution layers
-        (MistralConfig(sliding_window=128), False),
-        (MistralConfig(sliding_window=None), True),
-        (Qwen3Config(use_sliding_window=True, sliding_window=128, max_window_layers=2), False),
+        ("Llama", {}),
+        ("Qwen2", {}),
+        ("Qwen3", {"head_dim": 8}),
+        ("Mistral", {"sliding_window": None}),
+        ("GPT2", GPT2_SIZES),
+        ("GPTNeoX", {}),
+        ("Falcon", {}),
     ],
 )
-def test_only_full_attention_passes(config, allowed):
-    if allowed:
-        check_full_attention(config)
-    else:
-        with pytest.raises(InputError, match="full attention"):
-            check_full_attention(config)
+def test_full_attention_passes_in_both_modes_which_stay(kind, sizes):
+    model = model_of(kind, **sizes)
+    for training in (True, False):
+        model.train(training)
+        check_masks(model)
+        assert model.training is training
 
 
-def test_recurrent_models_are_refused():
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}),  # convolution layers
+        ("Mistral", {"sliding_window": 128}),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1, "head_dim": 8}),
+        ("GPTNeo", LOCAL),  # a window that no short text shows
+        ("Mamba", {}),
+        ("Rwkv", {}),
+        ("Mpt", MPT_SIZES),  # positions by place (ALiBi): no error, other numbers
+        ("Bloom", {"n_layer": 2, "n_head": 4}),  # the same, and takes no such mask
+    ],
+)
+def test_what_a_shared_row_would_change_is_refused(kind, sizes):
     with pytest.raises(InputError, match="full attention"):
-        check_full_attention(MambaConfig(), MambaForCausalLM._is_stateful)
+        check_masks(model_of(kind, **sizes))
+
+
+def test_a_loaded_policy_is_checked(tiny_tokenizer, tmp_path):
+    model_of("Mistral", sliding_window=8).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="full attention"):
+        load_policy(str(tmp_path), device="cpu")
 
 
 def test_flash_attention_only_with_cuda_and_the_package(monkeypatch, caplog):

@@ -124,6 +124,43 @@ def test_a_torn_checkpoint_is_told_and_the_one_before_is_used(tear, says, tmp_pa
         make_trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
 
 
+def test_a_new_run_does_not_start_among_the_checkpoints_of_another(tmp_path):
+    """``auto`` would take the other's for its own: the preempted run, tried again, would end as the old one did."""
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    before = sorted(path.name for path in tmp_path.iterdir()), read_log(tmp_path / "log.jsonl")
+    with pytest.raises(InputError, match="output_dir.*holds checkpoints"):
+        make_trainer(tmp_path, max_steps=2, beta=0.3).train()
+    assert (sorted(path.name for path in tmp_path.iterdir()), read_log(tmp_path / "log.jsonl")) == before
+
+
+def test_a_run_that_goes_back_sets_the_later_checkpoints_aside(tmp_path):
+    run = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, max_steps=3, **run).train()
+    for _ in range(2):  # the second time, names are taken
+        make_trainer(tmp_path, max_steps=2, beta=0.5, **run).train(str(tmp_path / "checkpoint-1"))
+        assert to_resume("auto", str(tmp_path)) == str(tmp_path / "checkpoint-2")
+        assert [line["step"] for line in read_log(tmp_path / "log.jsonl") if "loss" in line] == [1, 2]
+    kept = sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
+    assert kept == [
+        "aside-1-checkpoint-2",
+        "aside-1-checkpoint-3",
+        "aside-2-checkpoint-2",
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
+    assert damage(tmp_path / "aside-1-checkpoint-3") is None
+
+
+def test_what_was_not_logged_yet_is_in_the_checkpoint(tmp_path):
+    """Logged every four updates, saved every three: the resumed run's means are over all four."""
+    run = {"max_steps": 6, "logging_steps": 4, "save_strategy": "steps", "save_steps": 3}
+    make_trainer(tmp_path / "whole", **run).train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path / "killed", callbacks=[Kill(3)], **run).train()
+    make_trainer(tmp_path / "killed", **run).train("auto")
+    assert timeless(tmp_path / "killed") == timeless(tmp_path / "whole")
+
+
 def test_a_checkpoint_written_again_replaces_the_old_one_and_old_ones_are_deleted_last(tmp_path):
     settings = {**RUN, "max_steps": 6, "eval_strategy": "no", "save_total_limit": 2}
     make_trainer(tmp_path, **settings).train()
@@ -335,6 +372,20 @@ def test_the_run_leaves_a_jsonl_log_and_tables_of_completions(tmp_path):
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_log(torn) == [{"step": 1}]
+
+
+def test_the_log_keeps_what_was_evaluated_before_training_and_drops_an_older_run(tmp_path):
+    def steps():
+        return [(line["step"], "eval/reward" in line) for line in read_log(tmp_path / "log.jsonl") if "epoch" in line]
+
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, max_steps=1, eval_dataset=ROWS[:2])
+        trainer.evaluate()
+        trainer.train()
+        assert [step for step, of_eval in steps() if of_eval] == [0]
+        assert [step for step, of_eval in steps() if not of_eval] == [1, 1]  # the update, and the run's end
+    trainer.train()
+    assert not any(of_eval for _, of_eval in steps())  # a run of its own
 
 
 def test_the_stream_of_prompts_is_fair_and_does_not_depend_on_its_length():
