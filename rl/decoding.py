@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from deliberation.last_layer import last_feed_forward_at
 from rl.lookup import MOST, Lookup, even_out
 from rl.prompt_tree import PromptTree
+from rl.value import backbone_of
 
 DROP_BELOW = 0.75
 """Finished prompts leave the batch (a copy of the cache) once fewer than this share of its rows still run."""
@@ -58,11 +60,8 @@ class Stream:
 
     def __post_init__(self) -> None:
         count = len(self.samples)
-        self.ids, self.logprobs, self.held = (
-            [[] for _ in range(count)],
-            [[] for _ in range(count)],
-            [[] for _ in range(count)],
-        )
+        self.ids, self.held = [[] for _ in range(count)], [[] for _ in range(count)]
+        self.logprobs = [[] for _ in range(count)]
         self.running, self.finished, self.has_text = list(range(count)), [False] * count, [False] * count
         ends = [[-1, *self.prompt(sample)[-2:]][-2:] for sample in range(count)]
         self.last_two = [(first, second) for first, second in ends]
@@ -202,7 +201,9 @@ class Batch:
             ends[row, : len(stream.samples)] = torch.tensor([padding + stream.path(i)[-1] for i in stream.running])
         mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf).to(self.device, self.model.dtype)
         kept, place = ends.unique(return_inverse=True)
-        logits = self._forward(ids.to(self.device), positions.to(self.device), mask, kept.to(self.device))
+        read = (torch.arange(rows)[:, None] * width + kept).flatten().to(self.device)
+        with last_feed_forward_at(backbone_of(self.model), read, ids.shape):
+            logits = self._forward(ids.to(self.device), positions.to(self.device), mask, kept.to(self.device))
         reading = self._reading([[[] for _ in stream.running] for stream in self.streams], places=False)
         return reading, logits[torch.arange(rows, device=self.device)[:, None], place.to(self.device)]
 
@@ -239,13 +240,7 @@ class Batch:
     def read(self) -> tuple[Reading, Tensor]:
         """Read every running sample's last token, and a guess. Returns what was read, and logits [rows, queries, V]."""
         # 1. Guess
-        guesses = [
-            [
-                self.lookup.guess(stream.last_two[s], min(MOST, self.max_new_tokens - len(stream.ids[s]) - 1))
-                for s in stream.running
-            ]
-            for stream in self.streams
-        ]
+        guesses = [[self._guess(stream, sample) for sample in stream.running] for stream in self.streams]
         even_out(guesses)
         reading = self._reading(guesses, places=True)
         # 2. Lay the queries out; those that pad read what sample 0 reads, and nothing reads them
@@ -266,14 +261,23 @@ class Batch:
         # 3. Each reads its sample's tokens, itself and the guesses before it
         every_row = torch.arange(shape[0], device=self.device)[:, None]
         mask = self.seen[every_row, of_sample, : self.places.end]
-        first = 0
-        own: list[tuple[int, int]] = []  # query, place
-        for *_, places in reading.asked:
-            own += [(first + j, place) for j in range(len(places)) for place in places[: j + 1]]
-            first += len(places)
-        query, place = torch.tensor(own, device=self.device).unbind(-1)
-        mask[rows[query], cols[query], place] = 0
+        queries, places = self._own_places(reading)
+        mask[rows[queries], cols[queries], places] = 0
         return reading, self._forward(ids, self.lengths[every_row, of_sample] + steps - 1, mask)
+
+    def _guess(self, stream: Stream, sample: int) -> list[int]:
+        """What may follow the sample's last token, leaving room for the token that is drawn after it."""
+        room = self.max_new_tokens - len(stream.ids[sample]) - 1
+        return self.lookup.guess(stream.last_two[sample], min(MOST, room))
+
+    def _own_places(self, reading: Reading) -> tuple[Tensor, Tensor]:
+        """Of every query, and itself and each guess before it: the query's number, the place of what it reads."""
+        found, first = [], 0
+        for *_, places in reading.asked:
+            found += [(first + j, place) for j in range(len(places)) for place in places[: j + 1]]
+            first += len(places)
+        queries, places = torch.tensor(found, device=self.device).unbind(-1)
+        return queries, places
 
     def _reading(self, guesses: list[list[list[int]]], places: bool) -> Reading:
         """Queries for every running sample and its guess; ``places``: with places in the cache."""

@@ -79,12 +79,14 @@ class LocalSampler:
             ids[count] = plain_ids(self.tokenizer, prompt)
             return len(ids[count])
 
-        # The prompt grows with the number of opinions, so bisection finds the last one that fits.
-        count = bisect.bisect_right(range(1, len(order) + 1), self.room, key=tokens)
+        # All of them, most often; else bisection finds the last one that fits, as the prompt grows with every opinion.
+        count = len(order)
+        if tokens(count) > self.room:
+            count = bisect.bisect_right(range(1, len(order)), self.room, key=tokens)
         if count == 0:
             mend = f"with the question takes {len(ids[1])} tokens; this policy reads {self.room}: shorten either"
             raise InputError(f"opinions[{order[0]}]", opinions[order[0]], mend)
-        return tuple(order[:count]), ids[count]  # bisection has looked at the count that it returns
+        return tuple(order[:count]), ids[count]  # which has been looked at
 
 
 class LocalJudge:
