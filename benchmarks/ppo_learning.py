@@ -4,8 +4,8 @@
 
 Each arm and seed trains with ``configs/embedded/ppo.yaml`` and more updates, on groups of its own, and is then measured
 on held-out topics and words (our test questions): gold win rates, how many SFT samples one of its samples is worth, KL.
-What is done is kept in ``--output`` and not done again: seeds may run in several processes, and the command with all
-of them then reports. Intervals: bootstrap over groups and seeds. Simulated citizens throughout.
+What is done is kept in ``--output`` and not done again: seeds may run in several processes, a run that was broken off goes
+on, and the command with all of them then reports. Intervals: bootstrap over groups and seeds. Simulated citizens throughout.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def watched() -> list[Group]:
 
 
 def train(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> None:
-    """One PPO run into ``folder``."""
+    """One PPO run into ``folder``, going on from its last checkpoint where it was broken off."""
+    from rl.checkpoints import AUTO, PREEMPTED
     from rl.train import train_ppo
 
     config = stage_config(
@@ -66,15 +67,18 @@ def train(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> None:
         num_generations_eval=4,
         reward_actors=0,
         seed=seed,
+        resume_from_checkpoint=AUTO,
         **ARMS[arm],
     )
     groups = draw_groups("train", config.num_prompts * args.updates, f"learning {seed}")
-    train_ppo(
+    trainer = train_ppo(
         config,
         deliberation_rows(f"learning {seed}", groups, IN_OTHER_WORDS),
         deliberation_rows("learning held out", watched()),
         observers=[make_gold_observer(watched(), config.welfare)],
     )
+    if trainer.preemption.agreed:
+        raise SystemExit(PREEMPTED)
 
 
 def pool_of(args: argparse.Namespace, policy: str, groups: list[Group], path: Path, seed: int) -> Pool:
