@@ -4,8 +4,9 @@
 
 Each arm and seed trains with ``configs/embedded/ppo.yaml`` and more updates, on groups of its own, and is then measured
 on held-out topics and words (our test questions): gold win rates, how many SFT samples one of its samples is worth, KL.
-What is done is kept in ``--output`` and not done again: seeds may run in several processes, a run that was broken off goes
-on, and the command with all of them then reports. Intervals: bootstrap over groups and seeds. Simulated citizens throughout.
+What is done is kept in ``--output`` and not done again: seeds may run in several processes, a run that was broken off
+goes on, and the command with all of them then reports. Intervals: bootstrap over groups and seeds. Simulated citizens
+throughout.
 """
 
 from __future__ import annotations
