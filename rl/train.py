@@ -184,7 +184,7 @@ def _merged(model: Any, tokenizer: PreTrainedTokenizerBase, config: PPOScriptCon
     """
     if not isinstance(model, PeftModel):
         return model
-    merged = model.merge_and_unload()
+    merged = model.merge_and_unload().requires_grad_(True)  # PEFT had frozen it
     if config.use_peft:
         folder = Path(config.output_dir) / REFERENCE_FOLDER
         if config.should_save:
@@ -291,6 +291,7 @@ def main(config: PPOScriptConfig) -> None:
         _train_in_workers(config)
         return
     trainer = train_ppo(config)
+    trainer.accelerator.end_training()  # threads of a process group that is left to the interpreter may abort it
     updates = trainer.state.global_step
     if trainer.preemption.agreed:
         logger.warning("left after %d updates; the same command with --resume_from_checkpoint auto goes on", updates)

@@ -86,6 +86,7 @@ def main(folder: Path, layout: str) -> None:
             {"weights": weights, "moved": moved, "log": trainer.state.log_history, "beta": trainer.beta},
             folder / "end.pt",
         )
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -134,6 +134,9 @@ def test_an_adapter_as_policy_is_merged_so_that_it_is_the_reference(tmp_path, fo
         ids = torch.tensor([[5, 6, 7, 8]])
         with model.disable_adapter():
             torch.testing.assert_close(model(input_ids=ids).logits, fine_tuned(input_ids=ids).logits)
+    else:  # all of it was trained, not the value head alone
+        before = dict(fine_tuned.merge_and_unload().named_parameters())
+        assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.dim() == 2)
 
 
 def test_a_separate_value_model_starts_from_the_preference_model(tmp_path, folders):
