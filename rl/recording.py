@@ -221,8 +221,8 @@ class RecordingTrainer(Trainer):
         """The Trainer's, and the numbers of the run: DeepSpeed loads its weights without ``_load_from_checkpoint``."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            metrics = self._load_state(checkpoint).get("metrics", [])
-            if len(metrics) == self.args.world_size:
+            metrics = self._load_state(checkpoint)["metrics"]
+            if len(metrics) == self.args.world_size:  # of other processes nothing can be said
                 self._metrics = defaultdict(list, metrics[self.args.process_index])
 
     def _load_state(self, checkpoint: str) -> dict[str, Any]:

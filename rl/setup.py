@@ -48,6 +48,7 @@ def load(
         return loaded, tokenizer or own
     if tokenizer is None:
         raise InputError("processing_class", None, "give the tokenizer of a model that is passed as an object")
+    check_masks(model)  # sampling reads several completions over one prompt, whatever share_prefix
     return model, tokenizer
 
 
@@ -126,18 +127,18 @@ def load_policy_weights(policy: nn.Module, folder: Path) -> None:
     policy.load_state_dict(saved.state_dict())
 
 
-def can_share_prefix(wanted: bool, *models: PreTrainedModel | None) -> bool:
-    """Whether one row may hold a prompt and several completions: wanted, and every model's attention takes a 4D mask.
+def can_share_prefix(wanted: bool, policy: PreTrainedModel, value_model: PreTrainedModel | None) -> bool:
+    """Whether one row may hold a prompt and several completions: wanted, and both models' attention takes a 4D mask.
 
     Raises:
-        InputError: if it is wanted of a model for which it would be wrong.
+        InputError: if it is wanted of a value model for which it would be wrong (a policy is checked by ``load``).
     """
     if not wanted:
         return False
-    for model in models:
-        if model is not None:
-            check_masks(model)
-            if model.config._attn_implementation not in ("sdpa", "eager"):
-                logger.warning("share_prefix is off: %s takes no custom mask", model.config._attn_implementation)
-                return False
+    if value_model is not None:
+        check_masks(value_model)
+    for model in filter(None, (policy, value_model)):
+        if model.config._attn_implementation not in ("sdpa", "eager"):
+            logger.warning("share_prefix is off: %s takes no custom mask", model.config._attn_implementation)
+            return False
     return True

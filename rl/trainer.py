@@ -41,7 +41,6 @@ from rl.value import (
     TokenOutputs,
     backbone_of,
     check_logits,
-    check_masks,
     completion_logprobs,
     disable_dropout,
     hidden_states,
@@ -97,7 +96,6 @@ class PPOTrainer(RecordingTrainer):
             check_dataset("eval_dataset", eval_dataset)
         model, processing_class = load(model, processing_class, args)
         check_logits(model)
-        check_masks(model)  # sampling reads several completions over one prompt, whatever share_prefix
         self.ref_model, policy = reference_and_policy(model, peft_config)
         self.reward_functions = RewardFunctions(reward_funcs, args.reward_weights)
         if args.max_steps <= 0:  # epochs are counted in prompts

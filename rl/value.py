@@ -48,7 +48,7 @@ def hidden_states(model: nn.Module, inputs: ModelInputs) -> Tensor:
     """The backbone's last hidden states ``[N, H]`` at the positions that predict the action tokens."""
     backbone, mask, extra = backbone_of(model), inputs.attention_mask, {}
     if mask is not None:
-        mask = mask.to(next(backbone.parameters()).dtype) if mask.is_floating_point() else mask
+        mask = mask.to(backbone.dtype) if mask.is_floating_point() else mask
         extra = dict(attention_mask=mask, position_ids=inputs.position_ids)
     with last_feed_forward_at(backbone, inputs.source, inputs.input_ids.shape):
         states = backbone(input_ids=inputs.input_ids, use_cache=False, **extra).last_hidden_state
@@ -138,7 +138,7 @@ def check_masks(model: nn.Module) -> None:
     try:
         alone = hidden_states(model, collate([prompt] * 2, completions, 0, device=device))
         shared = hidden_states(model, collate_shared([prompt] * 2, completions, 0, device=device))
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:  # whatever a model says that takes no such mask
+    except (TypeError, ValueError, RuntimeError) as error:  # whatever a model says that takes no such mask
         raise InputError("model_name_or_path", text.model_type, f"{mend} ({error})") from error
     finally:
         model.train(training)
