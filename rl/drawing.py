@@ -79,7 +79,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p: float
     block = _first_above(up_to, target)
     before = pad(up_to, (1, 0)).gather(-1, block)
     within = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
-    tokens = block * BLOCK + _first_above(within, target - before)
+    tokens = (block * BLOCK + _first_above(within, target - before)).clamp_max(logits.shape[-1] - 1)
     return tokens.squeeze(-1), (probabilities.gather(-1, tokens) / mass).log().squeeze(-1)
 
 
@@ -87,7 +87,8 @@ def _first_above(running: Tensor, target: Tensor) -> Tensor:
     """The first place [rows, 1] at which the running sum [rows, k] exceeds ``target`` [rows, 1].
 
     A target that rounding has put at or above the whole sum is taken for one just below it, so that the place is one
-    that adds to the sum.
+    that adds to the sum. Sums that are no numbers give the last place.
     """
     below = torch.nextafter(running[:, -1:], torch.zeros_like(target))
-    return torch.searchsorted(running, torch.minimum(target, below), right=True)
+    found = torch.searchsorted(running, torch.minimum(target, below), right=True)
+    return found.clamp_max(running.shape[-1] - 1)

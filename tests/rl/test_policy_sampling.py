@@ -128,9 +128,9 @@ def frequencies(logits, count=20_000, **options):
     return torch.bincount(tokens, minlength=logits.shape[-1]) / count
 
 
-@given(seed=st.integers(0, 1000), temperature=st.sampled_from([0.5, 1.0, 1.7]))
-def test_draws_follow_the_softmax(seed, temperature):
-    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(seed)) * 2
+@given(seed=st.integers(0, 1000), temperature=st.sampled_from([0.5, 1.0, 1.7]), vocabulary=st.sampled_from([40, 300]))
+def test_draws_follow_the_softmax(seed, temperature, vocabulary):
+    logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
     expected = torch.softmax(logits[0] / temperature, dim=-1)
     assert (frequencies(logits, temperature=temperature) - expected).abs().max() < 1.1e-4  # two grid cells
 
@@ -151,6 +151,22 @@ def test_a_token_of_probability_zero_is_never_drawn():
     edges = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-53], dtype=torch.float64)
     tokens, logprobs = draw(logits.expand(4, -1), edges)
     assert tokens.tolist() == [1, 1, 3, 3] and logprobs.exp().tolist() == [0.5] * 4
+
+
+@given(seed=st.integers(0, 1000), vocabulary=st.integers(1, 200), top_p=st.sampled_from([0.2, 0.9, 1.0]))
+def test_draws_invert_the_running_sum_over_the_whole_vocabulary(seed, vocabulary, top_p):
+    random = torch.Generator().manual_seed(seed)
+    logits, uniform = 4 * torch.randn(50, vocabulary, generator=random), torch.rand(50, generator=random).double()
+    chances = torch.softmax(logits, -1)
+    running = (nucleus(chances, top_p) if top_p < 1 else chances).double().cumsum(-1)
+    expected = torch.searchsorted(running, uniform[:, None] * running[:, -1:], right=True).squeeze(-1)
+    assert torch.equal(draw(logits, uniform, top_p=top_p)[0], expected)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 64, 130])
+def test_of_logits_that_are_no_numbers_some_token_is_drawn(vocabulary):
+    tokens, logprobs = draw(torch.full((2, vocabulary), torch.nan), torch.tensor([0.0, 0.5], dtype=torch.float64))
+    assert bool((tokens < vocabulary).all()) and bool(logprobs.isnan().all())
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
