@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from sqlalchemy import Engine, create_engine
 from deliberation.types import InputError
 from reward.welfare import welfare
 from serving.answering import Report, Services, carry_out, check_models, silent
-from serving.background import Background, stream_until_gone, under_lease
+from serving.background import Background, LostLease, stream_until_gone, under_lease
 from serving.best_of_n import Plan, make_plan
 from serving.checks import MAX_WAITING_MEMBERS, welfare_used
 from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL, ServeConfig
@@ -32,6 +32,7 @@ from serving.influence import add_influence
 from serving.keys import CONSENSUS, Caller, Doorkeeper
 from serving.ledger import DONE, FAILED, Entry, Ledger
 from serving.metrics import Metrics, ProcessMetrics
+from serving.patience import Patient
 from serving.problems import MEDIA_TYPE, ApiError, Overloaded, add_problem_handlers
 from serving.result import Consensus
 from serving.schemas import (
@@ -77,6 +78,7 @@ def make_app(
     engine: Engine | None = None,
     metrics: Metrics | None = None,
     echo_request_id: bool = True,
+    hosts: Collection[str] | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -86,12 +88,13 @@ def make_app(
         engine: the database; None opens ``config.database``.
         metrics: where requests are counted; None counts in this process.
         echo_request_id: False behind Ray Serve's proxy, which echoes ``X-Request-Id`` itself.
+        hosts: names that requests may call it by, see ``Guard``; None for any.
     """
     defaults = config or ServeConfig()
     store = open_store(defaults.database) if engine is None else engine
     counts = metrics or ProcessMetrics()
     app = FastAPI(title="consensus-machine", version=VERSION, description=DESCRIPTION, lifespan=flushed)
-    app.add_middleware(Guard, metrics=counts, echo_request_id=echo_request_id)
+    app.add_middleware(Guard, metrics=counts, echo_request_id=echo_request_id, hosts=hosts)
     add_problem_handlers(app)
     door = Doorkeeper(store if defaults.require_keys else None)
     admit = _admission(door)
@@ -132,44 +135,57 @@ class Desk:
             influence=body.influence,
         )
 
-    async def answer(self, plan: Plan, report: Report = silent) -> ConsensusResponse:
+    async def answer(self, plan: Plan, services: Services, report: Report = silent) -> ConsensusResponse:
         """The response, computed now."""
-        whole = await carry_out(self.services, plan, self.metrics, report)
+        whole = await carry_out(services, plan, self.metrics, report)
 
         async def again(part: Plan) -> Consensus:
-            return await carry_out(self.services, part, self.metrics)
+            return await carry_out(services, part, self.metrics)
 
         return ConsensusResponse.of(await add_influence(plan, whole, again))
 
     async def _recorded(self, body: str, report: Report) -> Any:
-        plan = self.plan(ConsensusRequest.model_validate_json(body))
-        return (await self.answer(plan, report)).model_dump(mode="json")
+        # In a thread: a large group's texts take a moment, and the loop serves others
+        plan = await asyncio.to_thread(lambda: self.plan(ConsensusRequest.model_validate_json(body)))
+        return (await self.answer(plan, Patient(self.services), report)).model_dump(mode="json")
 
     async def record(self, body: ConsensusRequest, caller: Caller, key: str | None) -> tuple[Entry, bool]:
         """``Ledger.open``: the entry, and whether it is to be carried out here."""
-        return await asyncio.to_thread(self.ledger.open, caller.id, key, body.model_dump_json(exclude={"stream"}))
+        return await asyncio.to_thread(self.ledger.open, caller.id, key, recorded(body))
 
     async def once(self, body: ConsensusRequest, caller: Caller, key: str) -> tuple[Any, bool]:
         """The JSON response under an idempotency key, and whether it is a repetition.
 
         Raises:
-            ApiError: ``in-progress``, ``idempotency-mismatch``; and whatever answering raises: the key is free again
-                then.
+            ApiError: ``in-progress``, ``idempotency-mismatch``, ``not-found`` if it was erased meanwhile; and whatever
+                answering raises: the key is free again then.
         """
         entry, mine = await self.record(body, caller, key)
         if not mine:
             if entry.state == DONE and entry.answer is not None:
                 return json.loads(entry.answer), True
-            detail = "wait for the first request to end, or ask for its state"
-            raise ApiError("in-progress", detail, {"Retry-After": "1", "Location": f"{PATH}/{entry.id}"})
+            raise _in_progress(entry)
         try:
-            work = asyncio.wait_for(self.answer(self.plan(body)), self.defaults.request_timeout_s)
+            work = asyncio.wait_for(self.answer(self.plan(body), self.services), self.defaults.request_timeout_s)
             response = (await under_lease(self.ledger, entry, work)).model_dump(mode="json")
+        except LostLease:
+            await asyncio.to_thread(self.ledger.standing, entry.id, caller.id)  # not-found, if it was erased
+            raise _in_progress(entry) from None  # another process has taken it over
         except BaseException:  # a cancelled request too
             await asyncio.to_thread(self.ledger.release, entry)
             raise
         await asyncio.to_thread(self.ledger.finish, entry, DONE, response)
         return response, False
+
+
+def recorded(body: ConsensusRequest) -> str:
+    """The request as it is recorded and compared: as it was sent, so that new defaults make no other request of it."""
+    return body.model_dump_json(exclude={"stream"}, exclude_unset=True)
+
+
+def _in_progress(entry: Entry) -> ApiError:
+    detail = "wait for the first request to end, or ask for its state"
+    return ApiError("in-progress", detail, {"Retry-After": "1", "Location": f"{PATH}/{entry.id}"})
 
 
 def _add_consensus(app: FastAPI, desk: Desk, admit: Callable[[str], Any]) -> None:
@@ -197,7 +213,7 @@ def _add_consensus(app: FastAPI, desk: Desk, admit: Callable[[str], Any]) -> Non
         if body.stream or asked or len(body.opinions) > MAX_WAITING_MEMBERS:
             return await _accept(desk, body, caller, idempotency_key)  # type: ignore[return-value]
         if idempotency_key is None:
-            response = await asyncio.wait_for(desk.answer(plan), desk.defaults.request_timeout_s)
+            response = await asyncio.wait_for(desk.answer(plan, desk.services), desk.defaults.request_timeout_s)
             # Checked when it was made: as a response of FastAPI's it would be checked once more
             return Response(response.model_dump_json(), media_type="application/json")  # type: ignore[return-value]
         answer, repeated = await desk.once(body, caller, idempotency_key)
@@ -286,7 +302,8 @@ def _add_pure(app: FastAPI, services: Services, defaults: ServeConfig, admit: Ca
     async def aggregate(body: AggregateRequest, caller: Caller = owner) -> AggregateResponse:
         """One number a statement from utilities that you bring, and the order that follows. No model is asked."""
         used = welfare_used(body.welfare)
-        values = np.asarray(welfare(body.utilities, used.function, body.weights))
+        # In a thread: a million utilities take a moment, and the loop serves others
+        values = np.asarray(await asyncio.to_thread(welfare, body.utilities, used.function, body.weights))
         ranking = sorted(range(len(values)), key=lambda i: (-values[i], i))
         return AggregateResponse(welfare=values.tolist(), ranking=ranking, welfare_used=welfare_out(used))
 

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DatabaseError
 from deliberation.types import InputError
 from serving.files import replacing
 from serving.migrate import KNOWN, NEWEST, bring, current, lock
-from serving.store import reading
+from serving.store import empty_log, reading
 
 FORMAT = 1
 _BATCH = 2000
@@ -121,6 +121,8 @@ def check(engine: Engine) -> tuple[str, dict[str, int]]:
 def snapshot(engine: Engine) -> Iterator[Connection]:
     """A connection that sees the database as it is now, whatever is written meanwhile; no writer waits.
 
+    At its end, what was erased meanwhile leaves SQLite's log, which kept it for this connection.
+
     Raises:
         InputError: field ``database``, if none of our tables are there.
     """
@@ -134,6 +136,7 @@ def snapshot(engine: Engine) -> Iterator[Connection]:
         if current(connection) is None:
             raise InputError("database", engine.url.render_as_string(hide_password=True), "has no tables of ours")
         yield connection
+    empty_log(engine)
 
 
 def _tables(connection: Connection) -> list[Table]:

@@ -109,13 +109,16 @@ class Ballots:
         """Keep what the member has against the winner, in place of what they said before; returns the candidate's id.
 
         Raises:
-            ApiError: ``wrong-state``, if nothing is being rated.
+            ApiError: ``wrong-state``, if nothing is being rated, or in an experiment: it has one round, and a winner an
+                arm.
         """
         with self.engine.begin() as connection:
             _in_turn(connection, member)
             found = select(deliberations).where(deliberations.c.id == member.deliberation)
             row = connection.execute(found.with_for_update(read=True)).one()
             _check_rating(row)
+            if row.experiment is not None:
+                raise ApiError("wrong-state", "a deliberation of an experiment has one round: nothing is revised")
             won = connection.execute(_round(row).where(candidates.c.winner)).one()
             same = (critiques.c.member == member.id) & (critiques.c.candidate == won.id)
             values = {"text": text, "created": self.clock()}
@@ -135,9 +138,12 @@ def _round(row: Row) -> Any:
 
 
 def _in_turn(connection: Connection, member: Member) -> None:
-    """One ballot of a member at a time: PostgreSQL would let two find the same newest version."""
+    """One ballot of a member at a time: PostgreSQL would let two find the same newest version.
+
+    The deliberation is locked before the member, as an erasure does: in another order they could wait for each other.
+    """
     if connection.dialect.name != "sqlite":  # there writers take turns anyway
-        connection.execute(_TURN, {"member": member.id})
+        connection.execute(_TURN, {"member": member.id, "deliberation": member.deliberation})
 
 
 def _found(connection: Connection, member: Member, candidate: str, key: str | None = None) -> Row:
@@ -190,6 +196,17 @@ _FOUND = (
     .with_for_update(read=True, of=deliberations)
 )
 """State of the deliberation, round of the candidate; the member's current rating and the one with the key, or NULLs."""
-_TURN = select(members.c.id).where(members.c.id == bindparam("member")).with_for_update()
+_locked = (
+    select(deliberations.c.id)
+    .where(deliberations.c.id == bindparam("deliberation"))
+    .with_for_update(read=True)
+    .cte("locked")
+)
+_TURN = (  # a member's row is found, and locked, by way of the locked deliberation's
+    select(members.c.id)
+    .join(_locked, _locked.c.id == members.c.deliberation)
+    .where(members.c.id == bindparam("member"))
+    .with_for_update(of=members)
+)
 _REPLACED = update(ratings).where(ratings.c.number == bindparam("replaced")).values(current=False)
 _NEW = insert(ratings)

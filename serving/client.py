@@ -26,6 +26,8 @@ from serving.scoring_schemas import AggregateResponse, Models, ScoreResponse
 RETRIED = (408, 409, 429)
 """Statuses below 500 that may go away by themselves."""
 LONGEST_PAUSE_S = 10.0
+LONGEST_RETRY_AFTER_S = 60.0
+"""Longest ``Retry-After`` that is waited for: the service never says more, and a proxy's hour is nobody's to wait."""
 
 
 class ServiceError(Exception):
@@ -42,6 +44,14 @@ class ServiceError(Exception):
         self.status, self.problem, self.request_id = status, problem, request_id
 
 
+class _InProgress(ServiceError):
+    """An earlier try of this request is still being answered, as the request ``id``."""
+
+    def __init__(self, message: str, status: int, problem: Problem, request_id: str | None, id: str):
+        super().__init__(message, status, problem, request_id)
+        self.id = id
+
+
 class Client:
     """Calls one service; a context manager, since it keeps connections open.
 
@@ -50,8 +60,8 @@ class Client:
         key: an API key, where the service needs one.
         timeout_s: of one try, seconds.
         tries: of one call, 1 or more; connection errors, 408, 409, 429 and 5xx are tried again.
-        pause_s: before the second try, seconds; doubled before each further one, and never shorter than the service's
-            ``Retry-After``.
+        pause_s: before the second try, seconds; doubled before each further one up to ``LONGEST_PAUSE_S``, and never
+            shorter than the service's ``Retry-After``, of which ``LONGEST_RETRY_AFTER_S`` count.
     """
 
     def __init__(
@@ -73,7 +83,8 @@ class Client:
         self._http.close()
 
     def consensus(self, question: str, opinions: Sequence[str], **fields: Any) -> ConsensusResponse:
-        """The statement the group would endorse; waits, also where the service answers in the background.
+        """The statement the group would endorse; waits, also where the service answers in the background or, after a
+        lost connection, is still at the first try.
 
         Args:
             fields: further ones of ``ConsensusRequest``: ``n``, ``welfare``, ``policy``, ``seed``, ``influence``.
@@ -82,10 +93,29 @@ class Client:
             ServiceError
         """
         body = {"question": question, "opinions": list(opinions), **fields}
-        response = self.send("POST", "/v1/consensus", json=body, headers={"Idempotency-Key": uuid.uuid4().hex})
-        if response.status_code == 202:
-            return self.wait(response.json()["id"])
-        return ConsensusResponse.model_validate_json(response.content)
+        headers = {"Idempotency-Key": uuid.uuid4().hex}
+        for k in range(self._tries):
+            try:
+                response = self.send("POST", "/v1/consensus", json=body, headers=headers)
+            except _InProgress as error:
+                answer = self._earlier(error.id)
+                if answer is not None:
+                    return answer
+                time.sleep(self._pause(k, None))
+            else:
+                if response.status_code == 202:
+                    return self.wait(response.json()["id"])
+                return ConsensusResponse.model_validate_json(response.content)
+        raise ServiceError(f"the request came to nothing {self._tries} times", None, None, None)
+
+    def _earlier(self, request_id: str) -> ConsensusResponse | None:
+        """The answer of an earlier try, waited for; None if that failed: its idempotency key is free again then."""
+        try:
+            return self.wait(request_id)
+        except ServiceError as error:
+            if error.status != 404 or error.problem is None:
+                raise
+            return None
 
     def start(self, question: str, opinions: Sequence[str], **fields: Any) -> RequestState:
         """Have the request answered in the background; see ``wait``, ``state``, ``erase``."""
@@ -112,7 +142,7 @@ class Client:
 
     def erase(self, request_id: str) -> None:
         """End a request in the background, and erase what was recorded of it."""
-        self.send("DELETE", f"/v1/consensus/{request_id}")
+        self.send("DELETE", f"/v1/consensus/{request_id}", gone=404)
 
     def events(self, request_id: str, after: int | None = None) -> Iterator[tuple[str, str]]:
         """(type, JSON data) of every event behind number ``after``, as they come; goes on where a connection broke."""
@@ -158,8 +188,12 @@ class Client:
         """Which policies there are, and which weights answer."""
         return Models.model_validate_json(self.send("GET", "/v1/models").content)
 
-    def send(self, method: str, path: str, **request: Any) -> httpx.Response:
+    def send(self, method: str, path: str, *, gone: int | None = None, **request: Any) -> httpx.Response:
         """The response of the first try that succeeds.
+
+        Args:
+            gone: status that, from the second try on, says that an earlier one did it and its answer was lost: a
+                deletion's. That response is then returned.
 
         Raises:
             ServiceError: on what trying again cannot mend, or after the last try.
@@ -173,6 +207,8 @@ class Client:
                 if response.is_success:
                     return response
                 failure, wait = _error(response), response.headers.get("retry-after")
+                if k and failure.problem is not None and failure.status == gone:
+                    return response
                 if not _passing(failure):
                     raise failure
             if k + 1 < self._tries:
@@ -181,7 +217,7 @@ class Client:
 
     def _pause(self, k: int, wait: str | None) -> float:
         asked = float(wait) if wait is not None and wait.isdigit() else 0.0
-        return min(LONGEST_PAUSE_S, max(asked, self._pause_s * 2**k))
+        return max(min(LONGEST_RETRY_AFTER_S, asked), min(LONGEST_PAUSE_S, self._pause_s * 2**k))
 
 
 def _nothing(error: httpx.TransportError) -> ServiceError:
@@ -194,29 +230,36 @@ def _error(response: httpx.Response) -> ServiceError:
     except ValidationError:  # a proxy's words, not the service's
         problem = None
     detail = response.reason_phrase if problem is None else problem.detail
-    message = f"{response.status_code}: {detail}"
-    return ServiceError(message, response.status_code, problem, response.headers.get("x-request-id"))
+    message, request_id = f"{response.status_code}: {detail}", response.headers.get("x-request-id")
+    if problem is not None and problem.type.endswith(":in-progress") and "location" in response.headers:
+        place = response.headers["location"].rsplit("/", 1)[-1]
+        return _InProgress(message, response.status_code, problem, request_id, place)
+    return ServiceError(message, response.status_code, problem, request_id)
 
 
 def _passing(error: ServiceError) -> bool:
     """Whether the same request may succeed later. A 404 that is no problem of the service's is a proxy's, starting."""
     if error.status is None:
         return True
+    if isinstance(error, _InProgress):  # may take longer than all tries: its state is asked for instead
+        return False
     return error.status in RETRIED or error.status >= 500 or (error.status == 404 and error.problem is None)
 
 
 def _events(lines: Iterator[str]) -> Iterator[tuple[int | None, str, str]]:
-    """(number, type, data) of server-sent events."""
+    """(number, type, data) of server-sent events; comments, and events without data, are none."""
     number: int | None = None
-    kind, data = "message", ""
+    kind, data = "", []
     for line in lines:
-        name, _, value = line.partition(": ")
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
         if name == "id":
             number = int(value)
         elif name == "event":
             kind = value
         elif name == "data":
-            data = value
+            data.append(value)
         elif not line:
-            yield number, kind, data
-            kind, data = "message", ""
+            if data:
+                yield number, kind or "message", "\n".join(data)
+            kind, data = "", []

@@ -16,8 +16,8 @@ DEFAULT_PREFERENCE_MODEL = "default"
 """Name of the preference model that scores for a request that names none."""
 
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-"""Addresses that only this machine reaches."""
+LOOPBACK = ("127.0.0.1", "localhost")
+"""Addresses to listen on that only this machine reaches."""
 
 
 @dataclass(frozen=True)
@@ -118,19 +118,22 @@ class ServeConfig:
     each share one GPU, twice while they are replaced."""
 
     max_queued_requests: int = 8
-    """Requests that wait for a model, for each replica of the HTTP interface; the next is refused with 429."""
+    """Requests that wait for a model, for each replica of the HTTP interface, 1 or more; the next is refused with
+    429."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; without keys it must be a loopback one."""
+    """IPv4 address or name to listen on; without keys it must be a loopback one."""
 
     port: int = 8000
     """Port to listen on; 0 picks a free one."""
 
     request_timeout_s: float = 120.0
-    """Seconds after which a request is answered with 504."""
+    """Seconds after which a request is answered with 504. No single call of a model may take longer, in the background
+    neither: it counts as stuck, its request fails as out of time, and the replica is replaced."""
 
     background_timeout_s: float = 3600.0
-    """Seconds after which a request that is answered in the background fails."""
+    """Seconds after which a request that is answered in the background fails, and the writing of a deliberation's
+    candidates, for each arm."""
 
     retention_hours: float = 24.0
     """Hours for which requests with an idempotency key or in the background, and their answers, are kept; above 0."""
@@ -156,6 +159,8 @@ class ServeConfig:
         _check(0 <= self.port <= 65535, "port", self.port, "must be from 0 (any free port) to 65535")
         for name in ("request_timeout_s", "background_timeout_s", "retention_hours"):
             _check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
+        # Ray Serve and HAProxy paste host and port together, where an IPv6 address would need brackets
+        _check(":" not in self.host, "host", self.host, f"must be an IPv4 address or a name, e.g. {LOOPBACK[0]}")
         open_door = self.require_keys or self.host in LOOPBACK
         _check(open_door, "host", self.host, f"set require_keys: true, or listen on {LOOPBACK[0]}")
         _check(self.api_replicas >= 1, "api_replicas", self.api_replicas, "must be at least 1")
@@ -164,7 +169,7 @@ class ServeConfig:
         _check(self.max_replicas >= self.min_replicas, "max_replicas", self.max_replicas, mend)
         _check(self.replica_cpus >= 0, "replica_cpus", self.replica_cpus, "must be at least 0")
         _check(self.replica_gpus > 0, "replica_gpus", self.replica_gpus, "must be above 0")
-        _check(self.max_queued_requests >= 0, "max_queued_requests", self.max_queued_requests, "must be at least 0")
+        _check(self.max_queued_requests >= 1, "max_queued_requests", self.max_queued_requests, "must be at least 1")
         self.policy_folders()
         self.preference_folders()
 

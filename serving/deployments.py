@@ -33,6 +33,7 @@ from serving.ingress import Api, check_database
 from serving.own_ray import serving_settings
 from serving.replicas import Policy, Reward, ServerPolicy
 from serving.schemas import EXAMPLES
+from serving.store import absolute
 
 APPLICATION = "consensus"
 CALIBRATION = "calibration.json"
@@ -53,7 +54,7 @@ def build(args: ServeConfig | dict[str, Any]) -> serve.Application:
         InputError: on a key, a file or a model folder that is not good.
     """
     config = args if isinstance(args, ServeConfig) else read_settings(args)
-    config = replace(config, database=_from_anywhere(config.database))
+    config = replace(config, database=absolute(config.database))  # replicas have working directories of their own
     options = model_options(config)
     rewards = {name: _reward(name, place, config, options) for name, place in config.preference_folders().items()}
     policies = {name: _policy(name, place, config, options) for name, place in config.policy_folders().items()}
@@ -125,12 +126,6 @@ def model_options(config: ServeConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": config.request_timeout_s,
         "ray_actor_options": {"num_cpus": config.replica_cpus, **gpus},
     }
-
-
-def _from_anywhere(database: str) -> str:
-    """The URL, with the path of an SQLite file made absolute: replicas have working directories of their own."""
-    kind, separator, path = database.partition(":///")
-    return f"{kind}{separator}{Path(path).resolve()}" if kind == "sqlite" and path else database
 
 
 def model_folder(field: str, name_or_path: str) -> str:

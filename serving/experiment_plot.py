@@ -30,11 +30,16 @@ def figure_of(report: ExperimentReport, pair: int = 0) -> Any:
     contrast = report.contrasts[pair]
     if not contrast.path.mean:
         raise ApiError("wrong-state", "nothing to draw: no deliberation has been closed and rated by two members")
-    from evaluation.sequence_plot import sequence_figure  # only here: matplotlib is slow to load
+    from matplotlib.text import Text  # only here: matplotlib is slow to load
+
+    from evaluation.sequence_plot import sequence_figure
 
     names = (contrast.a, contrast.b)
     title = measure_title(report.metric) + ("" if report.mode == "paired" else "; one of each arm counts as one")
-    return sequence_figure(sequence_of(contrast), title, arms=names, minimum=report.minimum)
+    figure = sequence_figure(sequence_of(contrast), title, arms=names, minimum=report.minimum)
+    for written in figure.findobj(Text):
+        written.set_parse_math(False)  # an arm may have any name, a "$" in it too
+    return figure
 
 
 def picture(report: ExperimentReport, suffix: str, pair: int = 0) -> bytes:

@@ -22,8 +22,10 @@ def _text(value: str) -> str:
 
 def whole(value: str) -> str:
     """A text that can be written in UTF-8 (InputError): JSON can hold half of a character."""
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise InputError("text", value, "has half of a character (a lone surrogate); send whole ones")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError("text", value, "has half of a character (a lone surrogate); send whole ones") from None
     return value
 
 

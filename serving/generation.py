@@ -16,14 +16,17 @@ from typing import Any
 from sqlalchemy import Row
 
 from serving import trials
-from serving.answering import Report, Services, carry_out
+from serving.answering import Report, Services, carry_out, silent
 from serving.best_of_n import make_plan
 from serving.config import ServeConfig
 from serving.exchange import AsyncJudge, AsyncSampler, Draft, Order
 from serving.experiments import Arm
+from serving.ledger import Entry
 from serving.metrics import Metrics
-from serving.problems import Overloaded, problem_of
+from serving.patience import Patient
+from serving.problems import problem_of
 from serving.result import Consensus
+from serving.schemas import Problem
 from serving.sessions import GENERATING, Sessions
 from serving.store import new_id, reading
 
@@ -76,19 +79,21 @@ class Generation:
     """
 
     def __init__(self, services: Services, defaults: ServeConfig, sessions: Sessions, metrics: Metrics):
-        self.services, self.defaults, self.sessions, self.metrics = services, defaults, sessions, metrics
+        self.services, self.defaults, self.sessions, self.metrics = Patient(services), defaults, sessions, metrics
 
-    async def run(self, body: str, report: Report) -> dict[str, Any]:
+    async def run(self, body: str, report: Report = silent) -> dict[str, Any]:
         """Write the candidates of a round.
 
         Args:
             body: JSON of ``deliberation`` and ``generation``.
+            report: told nothing: texts would outlive the deliberation that they are erased with.
 
         Returns:
             JSON-able: how many candidates there are; none, if the generation is no longer the one going on.
 
         Raises:
-            Whatever models raise; the deliberation is back where it was then, but for Overloaded, which is waited for.
+            Whatever models raise, TimeoutError for an arm after ``background_timeout_s``; the deliberation is back
+            where it was then, and the arm's failure is counted.
         """
         job = json.loads(body)
         name, generation = job["deliberation"], job["generation"]
@@ -101,9 +106,8 @@ class Generation:
         for arm in arms:
             try:
                 started = time.perf_counter()
-                consensus = await self._arm(services, row, arm, [text for _, text in said], report)
-            except Overloaded:
-                raise
+                writing = self._arm(services, row, arm, [text for _, text in said])
+                consensus = await asyncio.wait_for(writing, self.defaults.background_timeout_s)
             except Exception as error:
                 problem, _ = problem_of(error)
                 await asyncio.to_thread(self.sessions.failed, name, generation, problem.model_dump(), arm.name)
@@ -120,6 +124,11 @@ class Generation:
                     exposed.append({"arm": arm.name, "candidate": (same or new)["id"], "seconds": seconds})
         await asyncio.to_thread(self.sessions.keep, name, generation, rows, exposed)
         return {"candidates": len(rows)}
+
+    def failed(self, entry: Entry, problem: Problem) -> None:
+        """Let the deliberation go back where it was, if it is not yet: no arm's fault."""
+        job = json.loads(entry.body)
+        self.sessions.failed(job["deliberation"], job["generation"], problem.model_dump(), arm=None)
 
     def _read(self, name: str, generation: str) -> tuple[Row, list[tuple[str, str]], Services, list[Arm]] | None:
         """The deliberation, (member id, opinion) of all who wrote, the models and the arms; None if that is over."""
@@ -142,7 +151,7 @@ class Generation:
         with reading(self.sessions.engine) as connection:
             return trials.arms_of(connection, row.id)
 
-    async def _arm(self, services: Services, row: Row, arm: Arm, texts: list[str], report: Report) -> Consensus:
+    async def _arm(self, services: Services, row: Row, arm: Arm, texts: list[str]) -> Consensus:
         plan = make_plan(
             row.question,
             texts,
@@ -154,7 +163,7 @@ class Generation:
             uncertainty_penalty=self.defaults.uncertainty_penalty,
             reshuffle=self.defaults.reshuffle,
         )
-        return await carry_out(services, plan, self.metrics, report)
+        return await carry_out(services, plan, self.metrics)
 
 
 def _best(consensus: Consensus, wanted: int) -> list[int]:

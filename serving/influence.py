@@ -8,13 +8,14 @@ by the other members alone; what the left-out member thinks of either does not c
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 
 from reward.welfare import welfare
-from serving.best_of_n import Plan, answer
+from serving.best_of_n import NoStatement, Plan, answer
 from serving.exchange import Judge, Sampler
 from serving.result import Consensus, Influence
 
@@ -35,6 +36,15 @@ def without(plan: Plan, member: int) -> Plan:
     return replace(plan, opinions=opinions, orders=orders, influence=False)
 
 
+@contextmanager
+def _left_out(member: int) -> Iterator[None]:
+    """Have a ``NoStatement`` of the answer without that member's opinion say so: the request itself has a statement."""
+    try:
+        yield
+    except NoStatement as error:
+        raise NoStatement(f"without opinions[{member}], {error}") from error
+
+
 def influence_of(member: int, plan: Plan, whole: Consensus, rest: Consensus) -> Influence:
     """The influence of one opinion.
 
@@ -51,12 +61,20 @@ def influence_of(member: int, plan: Plan, whole: Consensus, rest: Consensus) -> 
 
 
 def answer_with_influence(sampler: Sampler, judge: Judge, plan: Plan) -> Consensus:
-    """``best_of_n.answer``, with the influence of every opinion where the plan asks for it."""
+    """``best_of_n.answer``, with the influence of every opinion where the plan asks for it.
+
+    Raises:
+        NoStatement: if every candidate is empty, of the answer or of one without an opinion, which is named.
+    """
     whole = answer(sampler, judge, plan)
     if not plan.influence:
         return whole
-    rests = [answer(sampler, judge, without(plan, member)) for member in range(len(plan.opinions))]
-    return replace(whole, influence=tuple(influence_of(i, plan, whole, rest) for i, rest in enumerate(rests)))
+
+    def of(member: int) -> Influence:
+        with _left_out(member):
+            return influence_of(member, plan, whole, answer(sampler, judge, without(plan, member)))
+
+    return replace(whole, influence=tuple(of(member) for member in range(len(plan.opinions))))
 
 
 async def add_influence(plan: Plan, whole: Consensus, answer: Callable[[Plan], Awaitable[Consensus]]) -> Consensus:
@@ -65,6 +83,10 @@ async def add_influence(plan: Plan, whole: Consensus, answer: Callable[[Plan], A
     Args:
         whole: the answer to ``plan``.
         answer: answers the plans without an opinion; what it raises ends the others too.
+
+    Raises:
+        NoStatement: if every candidate without an opinion, which is named, is empty.
+        Exception: what else ``answer`` raises.
     """
     if not plan.influence:
         return whole
@@ -72,7 +94,8 @@ async def add_influence(plan: Plan, whole: Consensus, answer: Callable[[Plan], A
 
     async def of(member: int) -> Influence:
         async with free:
-            return influence_of(member, plan, whole, await answer(without(plan, member)))
+            with _left_out(member):
+                return influence_of(member, plan, whole, await answer(without(plan, member)))
 
     tasks = [asyncio.ensure_future(of(member)) for member in range(len(plan.opinions))]
     try:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
+from deliberation.types import InputError
 from serving.api import make_app
-from serving.config import ServeConfig
+from serving.config import LOOPBACK, ServeConfig
+from serving.guard import LOCAL_HOSTS, write_access_log
 from serving.ray_metrics import RayMetrics
 from serving.remote import RemoteServices
 from serving.replicas import OPTIONS
@@ -22,6 +25,17 @@ def check_database(config: ServeConfig) -> None:
         InputError: field ``database``.
     """
     check_nodes(config.database, sum(node["Alive"] for node in ray.nodes()))
+
+
+def check_door(config: ServeConfig) -> None:
+    """Refuse to be reached from elsewhere without keys: ``serve deploy`` listens where its own file says.
+
+    Raises:
+        InputError: field ``http_options.host``.
+    """
+    host = _get_global_client().http_config.host  # None: Ray Serve listens nowhere
+    if not config.require_keys and host not in (None, *LOOPBACK, "::1"):
+        raise InputError("http_options.host", host, f"set require_keys: true, or listen on {LOOPBACK[0]}")
 
 
 @serve.deployment(
@@ -39,8 +53,11 @@ class Api:
         self, policies: dict[str, DeploymentHandle], rewards: dict[str, DeploymentHandle], config: ServeConfig
     ):
         check_database(config)
+        check_door(config)
+        write_access_log()
         self._services, self._config = RemoteServices(policies, rewards), config
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve's proxy echoes the request's id itself
-        return make_app(self._services, self._config, metrics=RayMetrics(), echo_request_id=False)
+        hosts = None if self._config.require_keys else LOCAL_HOSTS
+        return make_app(self._services, self._config, metrics=RayMetrics(), echo_request_id=False, hosts=hosts)

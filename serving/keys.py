@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ POLICY = "minute"
 """Name of the rate in responses."""
 PREFIX = "cm_"
 KNOWN_FOR_S = 5.0
-"""How long a process remembers a key: a revoked one is refused after so many seconds at the latest."""
+"""How long a process remembers a secret: a revoked or rotated one is refused after so many seconds at the latest."""
+FULL_AFTER_S = 60.0
+"""A bucket that nobody took from for so long is full, whatever its rate, and need not be kept."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def create_key(
         raise InputError("scopes", unknown or scopes, f"must be some of {', '.join(SCOPES)}")
     if rate_per_minute < 1:
         raise InputError("rate_per_minute", rate_per_minute, "must be at least 1")
-    secret = PREFIX + secrets.token_urlsafe(32)
+    secret = _new_secret()
     key = Key(f"key_{secrets.token_hex(8)}", name, scopes, rate_per_minute, time.time(), None)
     row = {
         "id": key.id,
@@ -99,10 +102,29 @@ def revoke_key(engine: Engine, key_id: str) -> None:
     Raises:
         InputError: field ``id``, if there is no such key, or it was revoked before.
     """
+    _change_live(engine, key_id, "revoked", revoked=time.time())
+
+
+def rotate_key(engine: Engine, key_id: str) -> str:
+    """Give a key another secret, and return it; nobody can read it again. All else stays, and all that is the key's.
+
+    Raises:
+        InputError: field ``id``, if there is no such key, or it was revoked before.
+    """
+    secret = _new_secret()
+    _change_live(engine, key_id, "rotated", digest=digest(secret))
+    return secret
+
+
+def _new_secret() -> str:
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def _change_live(engine: Engine, key_id: str, what: str, **values: object) -> None:
     live = (api_keys.c.id == key_id) & api_keys.c.revoked.is_(None)
     with engine.begin() as connection:
-        if connection.execute(update(api_keys).where(live).values(revoked=time.time())).rowcount == 0:
-            raise InputError("id", key_id, "is no key that could be revoked; `consensus keys list` shows them")
+        if connection.execute(update(api_keys).where(live).values(values)).rowcount == 0:
+            raise InputError("id", key_id, f"is no key that could be {what}; `consensus keys list` shows them")
 
 
 def digest(secret: str) -> str:
@@ -111,7 +133,7 @@ def digest(secret: str) -> str:
 
 
 class Doorkeeper:
-    """Tells who sends a request, and whether they have sent too many.
+    """Tells who sends a request, and whether they have sent too many; in any number of threads.
 
     Args:
         engine: where the keys are; None lets everybody in.
@@ -121,7 +143,9 @@ class Doorkeeper:
         self._engine, self._clock = engine, clock
         self.has_keys = engine is not None
         self._known: dict[str, tuple[float, Caller | None]] = {}
-        self._buckets: dict[str, tuple[float, float]] = {}
+        self._buckets: dict[str, tuple[float, float]] = {}  # caller -> tokens in it, and since when
+        self._swept = clock()
+        self._counting = threading.Lock()
 
     def admit(self, secret: str | None, scope: str) -> Caller:
         """The caller, if the secret is a key's that has the scope and has not used up its rate.
@@ -159,11 +183,21 @@ class Doorkeeper:
         Raises:
             ApiError: ``rate-limited``.
         """
-        tokens = self._tokens(caller)
-        if tokens < 1:
-            headers = self.limits(caller) | {"Retry-After": str(_window(tokens, caller.rate_per_minute))}
-            raise ApiError("rate-limited", f"{caller.rate_per_minute} requests a minute are allowed", headers)
-        self._buckets[caller.id] = (tokens - 1, self._clock())
+        with self._counting:
+            self._drop_full()
+            tokens = self._tokens(caller)
+            if tokens >= 1:
+                self._buckets[caller.id] = (tokens - 1, self._clock())
+                return
+        headers = self.limits(caller) | {"Retry-After": str(_window(tokens, caller.rate_per_minute))}
+        raise ApiError("rate-limited", f"{caller.rate_per_minute} requests a minute are allowed", headers)
+
+    def _drop_full(self) -> None:
+        """Once a minute: members come and go, and their buckets would fill the memory."""
+        old = self._clock() - FULL_AFTER_S
+        if self._swept <= old:
+            self._buckets = {name: bucket for name, bucket in self._buckets.items() if bucket[1] > old}
+            self._swept = self._clock()
 
     def limits(self, caller: Caller) -> dict[str, str]:
         """What a response tells of the caller's rate, in the fields of draft-ietf-httpapi-ratelimit-headers-11."""

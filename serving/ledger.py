@@ -15,16 +15,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from serving.problems import ApiError
-from serving.store import forget, reading
+from serving.store import forget, may_be_id, reading
 from serving.tables import request_events, requests
 
 RUNNING, DONE, FAILED = "running", "done", "failed"
 LEASE_S = 6.0
 """How long a runner may be silent; clients of a dead one wait so long at most."""
+GONE = "no request of that id; it may have been erased"
 SWEEP_EVERY_S = 60.0
 """A process looks at most so often for requests to erase."""
 
@@ -88,10 +89,13 @@ class Ledger:
             ApiError: ``idempotency-mismatch``, if the key came with another body before.
         """
         self._erase_old()
+        known = None if key is None else self._known(owner, key, body)
+        if known is not None:
+            return known
         try:
             return self._new(owner, key, body), True
-        except IntegrityError:  # this owner has used the key
-            return self._again(owner, str(key), body)
+        except IntegrityError:  # somebody came between the two steps
+            return self.open(owner, key, body)
 
     def _new(self, owner: str, key: str | None, body: str) -> Entry:
         now = self._clock()
@@ -101,16 +105,20 @@ class Ledger:
             connection.execute(insert(requests).values(row))
         return entry
 
-    def _again(self, owner: str, key: str, body: str) -> tuple[Entry, bool]:
+    def _known(self, owner: str, key: str, body: str) -> tuple[Entry, bool] | None:
         where = (requests.c.owner == owner) & (requests.c.idempotency_key == key)
         with reading(self._engine) as connection:
             row = connection.execute(select(requests).where(where)).one_or_none()
-        if row is None:  # released between the two steps
-            return self.open(owner, key, body)
+        if row is None:
+            return None
         if row.fingerprint != fingerprint(body):
             raise ApiError("idempotency-mismatch", "the Idempotency-Key came with another body before; use a new one")
-        taken = self.take_over(row.id)
+        taken = self.take_over(row.id) if self.is_dead(row.state, row.lease) else None
         return (taken, True) if taken is not None else (_entry(row), False)
+
+    def is_dead(self, state: str, lease: float) -> bool:
+        """Whether a request in that state, with that lease, has lost its runner."""
+        return state == RUNNING and lease < self._clock()
 
     def take_over(self, entry_id: str) -> Entry | None:
         """The entry, now carried out by the caller, if its runner has died; None otherwise."""
@@ -154,12 +162,25 @@ class Ledger:
         Raises:
             ApiError: ``not-found``.
         """
-        where = (requests.c.id == entry_id) & (requests.c.owner == owner)
+        where = _named(entry_id, owner)
         with reading(self._engine) as connection:
             row = connection.execute(select(requests).where(where)).one_or_none()
         if row is None:
-            raise ApiError("not-found", "no request of that id; it may have been erased")
+            raise ApiError("not-found", GONE)
         return _entry(row)
+
+    def standing(self, entry_id: str, owner: str) -> tuple[str, float]:
+        """State and lease of the owner's entry of that id: what ``find`` reads, but for the texts.
+
+        Raises:
+            ApiError: ``not-found``.
+        """
+        where = _named(entry_id, owner)
+        with reading(self._engine) as connection:
+            row = connection.execute(select(requests.c.state, requests.c.lease).where(where)).one_or_none()
+        if row is None:
+            raise ApiError("not-found", GONE)
+        return row.state, row.lease
 
     def erase(self, entry_id: str, owner: str) -> None:
         """Remove request, events and answer; a runner at work notices at its next renewal.
@@ -167,10 +188,10 @@ class Ledger:
         Raises:
             ApiError: ``not-found``.
         """
-        where = (requests.c.id == entry_id) & (requests.c.owner == owner)
+        where = _named(entry_id, owner)
         with self._engine.begin() as connection:
             if connection.execute(delete(requests).where(where)).rowcount == 0:
-                raise ApiError("not-found", "no request of that id; it may have been erased")
+                raise ApiError("not-found", GONE)
         forget(self._engine, requests, request_events)
 
     def add_events(self, entry: Entry, events: Sequence[tuple[str, Any]]) -> None:
@@ -194,7 +215,15 @@ class Ledger:
         # One that somebody still carries out is left until it ends
         old = (requests.c.created < now - self._retention_s) & (requests.c.lease < now)
         with self._engine.begin() as connection:
-            connection.execute(delete(requests).where(old))
+            erased = connection.execute(delete(requests).where(old)).rowcount
+        if erased:
+            forget(self._engine, requests, request_events)
+
+
+def _named(entry_id: str, owner: str) -> ColumnElement[bool]:
+    if not may_be_id(entry_id):
+        raise ApiError("not-found", GONE)
+    return (requests.c.id == entry_id) & (requests.c.owner == owner)
 
 
 def _change(connection: Connection, entry: Entry, **values: Any) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,7 @@ class LocalJudge:
 
 
 class LocalServices:
-    """``serving.api.Services`` with all models in this process; one call at a time, in a thread.
+    """``serving.api.Services`` with all models in this process; one call at a time, in a thread of their own.
 
     Args:
         policies: policy name -> sampler.
@@ -124,9 +124,9 @@ class LocalServices:
 
     def __init__(self, policies: Mapping[str, LocalSampler], judges: Mapping[str, LocalJudge]):
         self.policies, self.preference_models = tuple(policies), tuple(judges)
-        lock = threading.Lock()  # torch modules are not made for two callers at once
-        self._samplers = {name: InThread(sampler, lock) for name, sampler in policies.items()}
-        self._judges = {name: InThread(judge, lock) for name, judge in judges.items()}
+        thread = ThreadPoolExecutor(1)  # torch modules are not made for two callers at once
+        self._samplers = {name: InThread(sampler, thread) for name, sampler in policies.items()}
+        self._judges = {name: InThread(judge, thread) for name, judge in judges.items()}
 
     @classmethod
     def load(cls, config: ServeConfig) -> LocalServices:
@@ -156,17 +156,15 @@ class LocalServices:
 
 
 class InThread:
-    """A ``LocalSampler`` or ``LocalJudge`` that is awaited: it works in a thread, under a lock shared with others."""
+    """A ``LocalSampler`` or ``LocalJudge`` that is awaited: it works in a thread, which others may share."""
 
-    def __init__(self, model: Any, lock: threading.Lock):
-        self.model, self._lock = model, lock
+    def __init__(self, model: Any, thread: ThreadPoolExecutor):
+        self.model, self._thread = model, thread
 
     async def sample(self, question: str, opinions: Sequence[str], orders: Sequence[Order]) -> list[Draft]:
-        return await asyncio.to_thread(self._locked, self.model.sample, question, opinions, orders)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self.model.sample, question, opinions, orders)
 
     async def judge(self, question: str, opinions: Sequence[str], statements: Sequence[str]) -> Judgement:
-        return await asyncio.to_thread(self._locked, self.model.judge, question, opinions, statements)
-
-    def _locked(self, work: Callable[..., Any], *args: Any) -> Any:
-        with self._lock:
-            return work(*args)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self.model.judge, question, opinions, statements)

@@ -1,4 +1,4 @@
-"""``consensus keys create|list|revoke``: the API keys of a service, in its database."""
+"""``consensus keys create|list|rotate|revoke``: the API keys of a service, in its database."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from deliberation.types import InputError
 from serving.config import ServeConfig
-from serving.keys import CONSENSUS, DEFAULT_RATE, Key, create_key, list_keys, revoke_key
+from serving.keys import CONSENSUS, DEFAULT_RATE, Key, create_key, list_keys, revoke_key, rotate_key
 from serving.store import check_there, open_store
 
-ACTIONS = ("create", "list", "revoke")
+ACTIONS = ("create", "list", "rotate", "revoke")
 
 
 @dataclass
@@ -18,7 +18,7 @@ class KeysConfig:
     """Keys of ``consensus keys ACTION``."""
 
     action: str = ""
-    """``create``, ``list`` or ``revoke``."""
+    """``create``, ``list``, ``rotate`` (a new secret for the same key) or ``revoke``."""
 
     name: str = ""
     """create: what to know the key by."""
@@ -30,7 +30,7 @@ class KeysConfig:
     """create: requests a minute, of each API replica."""
 
     id: str = ""
-    """revoke: the key's id, as ``list`` shows it."""
+    """rotate, revoke: the key's id, as ``list`` shows it."""
 
     database: str = ServeConfig.database
     """URL of the service's database."""
@@ -47,7 +47,10 @@ def main(config: KeysConfig) -> None:
     engine = open_store(config.database)
     if config.action == "create":
         key, secret = create_key(engine, config.name, tuple(config.scopes), config.rate_per_minute)
-        print(f"{key.id}\n{secret}\n\nKeep the second line: it is not shown again. Send it as Authorization: Bearer.")
+        print(_shown_once(key.id, secret))
+    elif config.action == "rotate":
+        print(_shown_once(config.id, rotate_key(engine, config.id)))
+        print("The secret before it is refused; processes that know it forget it within seconds.")
     elif config.action == "revoke":
         revoke_key(engine, config.id)
         print(f"{config.id} is revoked; processes that know it forget it within seconds.")
@@ -56,6 +59,10 @@ def main(config: KeysConfig) -> None:
             "\n".join(map(_line, list_keys(engine)))
             or f"no keys in {config.database} yet; consensus keys create --name NAME"
         )
+
+
+def _shown_once(key_id: str, secret: str) -> str:
+    return f"{key_id}\n{secret}\n\nKeep the second line: it is not shown again. Send it as Authorization: Bearer."
 
 
 def _line(key: Key) -> str:

@@ -3,7 +3,8 @@
 Loading torch and transformers takes many times longer than loading a small model, and every replica would do it again.
 So the first replica of a machine starts the *nursery*: a process of one thread that imports both and from then on forks
 a *model process* for whoever asks. A replica that replaces a lost one need not import them again, and what does not
-change in memory is there once. A model process ends with the replica it works for, and the nursery with Ray.
+change in memory is there once. A model process ends with the replica it works for, in the middle of a call too, and the
+nursery with Ray.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import fcntl
 import importlib
 import os
+import select
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -176,6 +179,7 @@ def _alive(pid: int) -> bool:
 def _hold_model(connection: Connection) -> NoReturn:
     """In the new process: make the model and carry out calls until the replica has gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     try:
         environment, kind, args = connection.recv()
         os.environ.clear()
@@ -190,6 +194,15 @@ def _hold_model(connection: Connection) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def _end_with(connection: Connection) -> NoReturn:
+    """End this process when the replica has gone: in a call, the other thread would not see it before its end."""
+    watch = select.poll()
+    watch.register(connection.fileno(), select.POLLHUP)  # not POLLIN: what is sent is for the other thread
+    while not any(event & select.POLLHUP for _, event in watch.poll()):
+        pass
+    os._exit(0)
 
 
 def _call(held: list[Any], method: str, args: tuple[Any, ...]) -> Any:

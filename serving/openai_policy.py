@@ -27,7 +27,10 @@ REFUSED = (400, 413, 422)
 
 
 class ServerFault(RuntimeError):
-    """The policy's server cannot be reached, or answers what it should not."""
+    """The policy's server cannot be reached, or answers what it should not.
+
+    Faults are logged, so none quotes the server's words: they may quote the prompt, and with it what members said.
+    """
 
 
 class ServerBusy(RuntimeError):
@@ -83,8 +86,15 @@ class ServerSampler:
             ServerBusy: if it still answers 429 after ``TRIES`` tries.
             TimeoutError: if it takes longer than ``timeout_s``.
             ServerFault: if it cannot be reached, still answers 5xx after ``TRIES`` tries, or anything but a completion.
+
+        What one request raises ends the others too.
         """
-        return await asyncio.gather(*(self._draft(question, opinions, order) for order in orders))
+        tasks = [asyncio.ensure_future(self._draft(question, opinions, order)) for order in orders]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _draft(self, question: str, opinions: Sequence[str], order: Order) -> Draft:
         shown = order.members
@@ -134,18 +144,18 @@ class ServerSampler:
             except httpx.TimeoutException as error:
                 raise TimeoutError(f"{self._server.url}/{path} did not answer in time") from error
             except httpx.TransportError as error:
-                if last:
-                    raise ServerFault(f"{self._server.url}/{path} cannot be reached ({error})") from error
+                if last:  # its type alone: its text may quote what the server sent
+                    raise ServerFault(f"{self._server.url}/{path} cannot be reached ({type(error).__name__})") from None
             else:
                 if response.status_code in (200, *REFUSED):
                     return response
                 if response.status_code != 429 and response.status_code < 500:
-                    raise ServerFault(_said(response))
+                    raise ServerFault(_status(response))
                 pause = max(pause, _retry_after(response))
                 if last and response.status_code == 429:
                     raise ServerBusy(math.ceil(pause))
                 if last:
-                    raise ServerFault(_said(response))
+                    raise ServerFault(_status(response))
             await asyncio.sleep(min(pause, LONGEST_PAUSE_S))
         raise AssertionError("not reached")
 
@@ -165,7 +175,7 @@ def _json(response: httpx.Response) -> Any:
             return response.json()
     except ValueError as error:
         raise ServerFault(f"{response.request.url} answers no JSON") from error
-    raise ServerFault(_said(response))
+    raise ServerFault(_status(response))
 
 
 def _usage(answer: Any) -> tuple[int, int]:
@@ -176,8 +186,8 @@ def _usage(answer: Any) -> tuple[int, int]:
     return max(0, read) if isinstance(read, int) else 0, max(0, wrote) if isinstance(wrote, int) else 0
 
 
-def _said(response: httpx.Response) -> str:
-    return f"{response.request.url} answers {response.status_code}: {response.text[:200]}"
+def _status(response: httpx.Response) -> str:
+    return f"{response.request.url} answers {response.status_code}"
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -22,6 +22,8 @@ from serving.schemas import FieldError, Problem
 
 log = logging.getLogger(__name__)
 
+MAX_ERRORS = 20
+"""Fields at fault that one problem names."""
 URN = "urn:consensus-machine:problem:"
 MEDIA_TYPE = "application/problem+json"
 
@@ -45,6 +47,7 @@ KINDS = {
     "in-progress": Kind(409, "A request with this idempotency key is in progress", retryable=True),
     "precondition-failed": Kind(412, "It is not the version that was sent"),
     "too-large": Kind(413, "Body too large"),
+    "wrong-host": Kind(421, "Not a name of this service"),
     "idempotency-mismatch": Kind(422, "Idempotency key of another request"),
     "wrong-state": Kind(422, "Not possible in this state"),
     "no-statement": Kind(422, "The policy wrote no statement"),
@@ -105,9 +108,10 @@ def make_problem(kind: str, detail: str, errors: list[FieldError] | None = None)
     )
 
 
-def bad_input(errors: list[FieldError]) -> Problem:
-    """One entry a field."""
-    return make_problem("bad-input", "; ".join(f"{error.field}: {error.mend}" for error in errors), errors)
+def bad_input(errors: list[FieldError], left_out: int = 0) -> Problem:
+    """One entry a field; ``left_out`` further errors, where it is above 0, are only counted."""
+    lines = [f"{error.field}: {error.mend}" for error in errors]
+    return make_problem("bad-input", "; ".join(lines + [f"and {left_out} more"] * (left_out > 0)), errors)
 
 
 def respond(problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -128,23 +132,26 @@ def shown(value: object) -> Any:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def field_errors(error: RequestValidationError) -> list[FieldError]:
-    """FastAPI's findings in our words; checks of our own (InputError) keep theirs."""
-    found = []
-    for item in error.errors():
-        name = _field_name(item["loc"])
-        cause = item.get("ctx", {}).get("error")
-        value, mend = item.get("input"), item["msg"].replace("Input should be", "must be")
-        if isinstance(cause, InputError):
-            value, mend = cause.value, cause.mend
-        elif item["type"] == "missing":
-            value, mend = None, "is missing; add it"
-        elif item["type"] == "extra_forbidden":
-            mend = "is not a field of this request; see /docs for the fields there are"
-        elif item["type"] == "json_invalid":
-            name, value, mend = "body", None, "is not valid JSON; send one JSON object"
-        found.append(FieldError(field=name, value=shown(value), mend=mend))
-    return found
+def invalid(error: RequestValidationError) -> Problem:
+    """FastAPI's findings as a problem, which names the first ``MAX_ERRORS``."""
+    found = error.errors()
+    return bad_input([_field_error(item) for item in found[:MAX_ERRORS]], len(found) - MAX_ERRORS)
+
+
+def _field_error(item: dict[str, Any]) -> FieldError:
+    """One of FastAPI's findings in our words; checks of our own (InputError) keep theirs."""
+    name = _field_name(item["loc"])
+    cause = item.get("ctx", {}).get("error")
+    value, mend = item.get("input"), item["msg"].replace("Input should be", "must be")
+    if isinstance(cause, InputError):
+        value, mend = cause.value, cause.mend
+    elif item["type"] == "missing":
+        value, mend = None, "is missing; add it"
+    elif item["type"] == "extra_forbidden":
+        mend = "is not a field of this request; see /docs for the fields there are"
+    elif item["type"] == "json_invalid":
+        name, value, mend = "body", None, "is not valid JSON; send one JSON object"
+    return FieldError(field=name, value=shown(value), mend=mend)
 
 
 def _field_name(location: tuple[int | str, ...]) -> str:
@@ -159,8 +166,8 @@ def add_problem_handlers(app: FastAPI) -> None:
     """Answer every error of ``app`` with a problem."""
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return respond(bad_input(field_errors(error)))
+    async def unfit(request: Request, error: RequestValidationError) -> JSONResponse:
+        return respond(invalid(error))
 
     async def known(request: Request, error: Exception) -> JSONResponse:
         return respond(*problem_of(error))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ from serving.worker import Busy, Refusal
 
 TRIES = 5
 FIRST_PAUSE_S = 0.05
+VERSIONS_AGE_S = 1.0
+"""How long the versions that the models told are good for."""
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +92,8 @@ class RemoteServices:
         self.policies, self.preference_models = tuple(policies), tuple(rewards)
         self._policies = {name: _direct(handle) for name, handle in policies.items()}
         self._rewards = {name: _direct(handle) for name, handle in rewards.items()}
+        self._asking, self._asked = asyncio.Lock(), -math.inf  # when the models were asked, seconds of monotonic()
+        self._versions: dict[str, str] = {}
 
     def sampler(self, policy: str) -> RemoteSampler:
         return RemoteSampler(self._policies[policy])
@@ -96,6 +102,19 @@ class RemoteServices:
         return RemoteJudge(self._rewards[preference_model])
 
     async def versions(self) -> dict[str, str]:
+        """``preference_model:NAME`` and ``policy:NAME`` -> print of the weights, told at most ``VERSIONS_AGE_S`` ago.
+
+        However many callers there are, they take one place in each model's queue.
+
+        Raises:
+            Overloaded, RayActorError: as ``call``; the next caller asks anew.
+        """
+        async with self._asking:
+            if time.monotonic() - self._asked > VERSIONS_AGE_S:
+                self._versions, self._asked = await self._ask(), time.monotonic()
+            return dict(self._versions)
+
+    async def _ask(self) -> dict[str, str]:
         handles = {f"preference_model:{name}": handle for name, handle in self._rewards.items()}
         handles |= {f"policy:{name}": handle for name, handle in self._policies.items()}
         found = await asyncio.gather(*(call(handle.version) for handle in handles.values()))

@@ -195,6 +195,8 @@ class ConsensusResponse(Schema):
     All agreement is predicted by a model, not given by the members.
     """
 
+    # Recorded answers outlive an upgrade: a field of this or of a body within that is added later needs a default.
+
     statement: str
     """The chosen statement."""
 
@@ -234,7 +236,7 @@ class ConsensusResponse(Schema):
     warnings: list[str]
     """Read these before using the statement."""
 
-    influence: list[InfluenceOut] | None
+    influence: list[InfluenceOut] | None = None
     """One entry a member, in the order of the opinions; null if the request did not ask for it."""
 
     @classmethod

@@ -85,7 +85,7 @@ class Organiser:
 
     def erase(self, deliberation_id: str) -> None:
         """Remove it with everything in it."""
-        self._client.send("DELETE", f"{PATH}/{deliberation_id}")
+        self._client.send("DELETE", f"{PATH}/{deliberation_id}", gone=404)
 
     def export(self, after: int = 0) -> Iterator[dict[str, Any]]:
         """Ratings for training, from behind number ``after``."""
@@ -166,4 +166,4 @@ class Participant:
 
     def leave(self) -> None:
         """Erase this member's opinion, ratings and critiques."""
-        self._client.send("DELETE", f"{self._path}/me")
+        self._client.send("DELETE", f"{self._path}/me", gone=401)  # whoever has left has no token any more

@@ -59,7 +59,7 @@ def report(engine: Engine, row: Row) -> DeliberationReport:
         who = [member for member, _ in written(connection, row.id)]
         arms = _arms(connection, row)
     entries = [_entry(candidate, given[candidate.id], who, arms[candidate.id]) for candidate in found]
-    entries.sort(key=lambda entry: (-entry.round, -(entry.agreement or 0.0), -entry.predicted_welfare))
+    entries.sort(key=lambda entry: (-entry.round, -(entry.agreement or 0.0), -entry.predicted_welfare, entry.id))
     return DeliberationReport(deliberation=outline(engine, [row])[0], candidates=entries)
 
 
@@ -74,7 +74,7 @@ def table(engine: Engine, row: Row) -> str:
     out = io.StringIO()
     lines = csv.writer(out)
     lines.writerow(["round", "candidate", "arms", "statement", "member", "predicted", "agreement", "quality"])
-    for candidate in sorted(found, key=lambda c: (c.round, c.number)):
+    for candidate in sorted(found, key=lambda c: (c.round, c.id)):  # numbers would tell the arms: ids are random
         predicted = json.loads(candidate.predicted)
         arm = " ".join(arms[candidate.id])
         for person in people:
@@ -128,6 +128,6 @@ def _entry(row: Row, given: dict[str, tuple[int, int]], who: list[str], arms: li
         agree=sum(a > 4 for a in agreement),
         neutral=sum(a == 4 for a in agreement),
         disagree=sum(a < 4 for a in agreement),
-        unanimous=all(given[m][0] >= AGREES for m in who) if all(m in given for m in who) else None,
+        unanimous=all(given[m][0] >= AGREES for m in who) if who and all(m in given for m in who) else None,
         prediction_error=fmean(errors) if errors else None,
     )

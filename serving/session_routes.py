@@ -67,7 +67,7 @@ class Hall:
         self.services, self.defaults, self.engine, self.ledger = services, defaults, engine, ledger
         self.sessions, self.ballots = Sessions(engine), Ballots(engine)
         work = Generation(services, defaults, self.sessions, metrics)
-        self.background = Background(self.ledger, work.run, defaults.background_timeout_s)
+        self.background = Background(self.ledger, work.run, None, work.failed)
 
     def create(self, body: NewDeliberation, owner: str) -> Created:
         """Begin a deliberation.

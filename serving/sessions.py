@@ -18,8 +18,18 @@ from deliberation.types import MAX_MEMBERS, InputError
 from serving import trials
 from serving.keys import digest
 from serving.problems import ApiError
-from serving.store import forget, new_id, reading
-from serving.tables import candidates, comparisons, critiques, deliberations, members, opinions, ratings
+from serving.store import forget, may_be_id, new_id, reading
+from serving.tables import (
+    candidates,
+    comparisons,
+    critiques,
+    deliberations,
+    members,
+    opinions,
+    ratings,
+    request_events,
+    requests,
+)
 
 COLLECTING, GENERATING, RATING, CLOSED = "collecting", "generating", "rating", "closed"
 MEMBER_PREFIX, INVITE_PREFIX = "mem_", "inv_"
@@ -146,7 +156,7 @@ class Sessions:
                 connection.execute(change.values(state=CLOSED, closed=self.clock()))
 
     def erase(self, deliberation_id: str, owner: str) -> None:
-        """Remove a deliberation and everything in it.
+        """Remove a deliberation, everything in it, and what the ledger has of the writing of its candidates.
 
         Raises:
             ApiError: ``not-found``.
@@ -154,7 +164,8 @@ class Sessions:
         with self.engine.begin() as connection:
             _get(connection, deliberation_id, owner, lock=True)
             connection.execute(delete(deliberations).where(deliberations.c.id == deliberation_id))
-        forget(self.engine, deliberations, candidates, *OF_MEMBERS)
+            connection.execute(delete(requests).where(requests.c.owner == deliberation_id))
+        forget(self.engine, deliberations, candidates, requests, request_events, *OF_MEMBERS)
 
     # --- the members' -------------------------------------------------------------------------------------------
 
@@ -165,9 +176,7 @@ class Sessions:
             ApiError: ``unauthorized`` on a wrong invite, ``wrong-state`` once opinions are frozen or the group is full.
         """
         with self.engine.begin() as connection:
-            found = connection.execute(
-                select(deliberations).where(deliberations.c.id == deliberation_id).with_for_update()
-            ).first()
+            found = _find(connection, deliberation_id, lock=True)
             if found is None or not secrets.compare_digest(found.invite, digest(invite)):
                 raise ApiError("unauthorized", "no deliberation has this id and this invite token")
             known = connection.execute(select(members).where(members.c.token == digest(token))).first()
@@ -232,8 +241,13 @@ class Sessions:
             return version + 1
 
     def erase_member(self, member: Member) -> None:
-        """Remove a member with opinions, ratings, comparisons and critiques."""
+        """Remove a member with opinions, ratings, comparisons, critiques and what was predicted of them.
+
+        Raises:
+            ApiError: ``not-found``, if the deliberation was erased meanwhile.
+        """
         with self.engine.begin() as connection:
+            _get(connection, member.deliberation, lock=True)  # else two who leave at once write each other's id back
             connection.execute(delete(members).where(members.c.id == member.id))
             for row in connection.execute(select(candidates).where(candidates.c.deliberation == member.deliberation)):
                 predicted = json.loads(row.predicted)
@@ -260,7 +274,8 @@ class Sessions:
     ) -> None:
         """Keep a round's candidates, and which arm of an experiment wrote which; rating begins.
 
-        Where another generation is going on by now, or none, it changes nothing.
+        Where another generation is going on by now, or none, it changes nothing. What was predicted of members who
+        have left meanwhile is dropped.
 
         Args:
             generation: which one wrote them.
@@ -272,19 +287,25 @@ class Sessions:
             if row.state != GENERATING or row.generation != generation:
                 return
             common = {"deliberation": deliberation_id, "round": row.round, "created": self.clock()}
-            connection.execute(insert(candidates), [each | common for each in rows])
+            there = select(members.c.id).where(members.c.deliberation == deliberation_id)
+            here = set(connection.execute(there).scalars())
+            kept = [each | common | {"predicted": _of_members(each["predicted"], here)} for each in rows]
+            connection.execute(insert(candidates), kept)
             if arms:
                 trials.expose(connection, deliberation_id, arms)
             change = update(deliberations).where(deliberations.c.id == deliberation_id)
             connection.execute(change.values(state=RATING))
 
-    def failed(self, deliberation_id: str, generation: str, problem: dict[str, Any], arm: str) -> None:
-        """Go back to where generation began, and keep why; an experiment counts the arm's failure."""
+    def failed(self, deliberation_id: str, generation: str, problem: dict[str, Any], arm: str | None) -> None:
+        """Go back to where generation began, and keep why; an experiment counts the arm's failure, if it was one's.
+
+        Where another generation is going on by now, or the deliberation was erased, it changes nothing.
+        """
         with self.engine.begin() as connection:
-            row = _get(connection, deliberation_id, lock=True)
-            if row.state != GENERATING or row.generation != generation:
+            row = _find(connection, deliberation_id, lock=True)
+            if row is None or row.state != GENERATING or row.generation != generation:
                 return
-            if row.experiment is not None:
+            if row.experiment is not None and arm is not None:
                 trials.note_failure(connection, row.experiment, deliberation_id, arm, problem["type"])
             back = {"state": COLLECTING, "round": 1} if row.round == 1 else {"state": RATING, "round": 1}
             change = update(deliberations).where(deliberations.c.id == deliberation_id)
@@ -307,14 +328,25 @@ def written(connection: Connection, deliberation_id: str) -> list[tuple[str, str
 
 
 def _get(connection: Connection, deliberation_id: str, owner: str | None = None, lock: bool = False) -> Row:
+    row = _find(connection, deliberation_id, owner, lock)
+    if row is None:
+        raise ApiError("not-found", "no deliberation of that id; it may have been erased")
+    return row
+
+
+def _find(connection: Connection, deliberation_id: str, owner: str | None = None, lock: bool = False) -> Row | None:
+    if not may_be_id(deliberation_id):
+        return None
     where = deliberations.c.id == deliberation_id
     if owner is not None:
         where &= deliberations.c.owner == owner
     found = select(deliberations).where(where)
-    row = connection.execute(found.with_for_update() if lock else found).first()
-    if row is None:
-        raise ApiError("not-found", "no deliberation of that id; it may have been erased")
-    return row
+    return connection.execute(found.with_for_update() if lock else found).first()
+
+
+def _of_members(predicted: str, here: set[str]) -> str:
+    """JSON of member id -> predicted agreement, for those who are here."""
+    return json.dumps({member: value for member, value in json.loads(predicted).items() if member in here})
 
 
 def _wrong_state(row: Row, why: str) -> ApiError:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, Engine, Row, Select, Update, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from deliberation.types import InputError
@@ -20,10 +20,10 @@ from serving.experiment_report import ExperimentReport
 from serving.experiment_text import render
 from serving.experiments import Arm, Spec, assign
 from serving.problems import ApiError
-from serving.store import new_id, reading
+from serving.store import may_be_id, new_id, reading
 from serving.tables import assignments, deliberations, experiments, exposures, failures
 from serving.trial_analysis import analyse
-from serving.trial_data import load
+from serving.trial_data import Trial, load
 
 __all__ = [
     "Experiment", "arms_of", "check_open", "create", "enroll", "expose", "first_shown", "get", "list_all",
@@ -181,25 +181,40 @@ def report(engine: Engine, experiment_id: str, owner: str | None) -> ExperimentR
         row = _row(connection, experiment_id, owner)
         if row.verdict is not None:
             return ExperimentReport.from_json(row.verdict)
-        trial = load(connection, row)
-    return analyse(trial)
+        trial = _as_of(load(connection, row), row.stopped)
+    return analyse(trial, row.stopped)
 
 
 def stop(engine: Engine, experiment_id: str, owner: str) -> ExperimentReport:
     """End an experiment for good, and keep its report; done again, it changes nothing.
+
+    Where an earlier call ended it and did not come to keeping the report, this one does.
 
     Raises:
         ApiError: ``not-found``.
     """
     with engine.begin() as connection:
         row = _row(connection, experiment_id, owner, lock=True)
-        if row.verdict is not None:
-            return ExperimentReport.from_json(row.verdict)
-        now = time.time()
-        found = analyse(load(connection, row), stopped=now)
-        change = update(experiments).where(experiments.c.id == experiment_id)
-        connection.execute(change.values(stopped=now, verdict=found.to_json()))
-    return found
+        if row.stopped is None:
+            connection.execute(_change(experiment_id).values(stopped=time.time()))
+    found = report(engine, experiment_id, owner)  # takes seconds, in which the service may write
+    with engine.begin() as connection:
+        unkept = _change(experiment_id).where(experiments.c.verdict.is_(None))
+        connection.execute(unkept.values(verdict=found.to_json()))
+    return report(engine, experiment_id, owner)  # where another call was faster, what that one kept
+
+
+def _change(experiment_id: str) -> Update:
+    return update(experiments).where(experiments.c.id == experiment_id)
+
+
+def _as_of(trial: Trial, stopped: float | None) -> Trial:
+    """The trial with deliberations that were closed after its end pending: they do not count."""
+    if stopped is None:
+        return trial
+    late = [one.closed is not None and one.closed > stopped for one in trial.held]
+    held = tuple(replace(one, closed=None) if after else one for one, after in zip(trial.held, late, strict=True))
+    return replace(trial, held=held)
 
 
 def _row(connection: Connection, experiment_id: str, owner: str | None, lock: bool = False) -> Row:
@@ -207,7 +222,8 @@ def _row(connection: Connection, experiment_id: str, owner: str | None, lock: bo
     if owner is not None:
         where &= experiments.c.owner == owner
     query = select(experiments).where(where)
-    row = connection.execute(query.with_for_update() if lock else query).first()
+    found = query.with_for_update() if lock else query
+    row = connection.execute(found).first() if may_be_id(experiment_id) else None
     if row is None:
         raise ApiError("not-found", "no experiment of that id")
     return row

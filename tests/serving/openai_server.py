@@ -58,6 +58,8 @@ async def completions(request: Request):
         await asyncio.sleep(SLOW_S)
     if fault == "500":
         return JSONResponse({"error": {"message": "out of luck"}}, 500)
+    if fault == "echo":  # as servers do that quote what they refuse
+        return JSONResponse({"error": {"message": f"cannot read {body['prompt']}"}}, 418)
     if fault == "429":
         return JSONResponse({"error": {"message": "too many"}}, 429, {"Retry-After": "1"})
     if fault == "no-json":

@@ -16,9 +16,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from sqlalchemy import event, select
+from sqlalchemy.exc import OperationalError
 from stub import REQUEST, StubServices
 from test_sessions import Room
 
+from serving import api, background
 from serving.api import make_app
 from serving.best_of_n import NoStatement
 from serving.config import ServeConfig
@@ -64,7 +66,7 @@ def post(client, headers, **change):
 
 def recorded(**change):
     """The request as the ledger keeps it."""
-    return ConsensusRequest.model_validate({**REQUEST, **change}).model_dump_json(exclude={"stream"})
+    return api.recorded(ConsensusRequest.model_validate({**REQUEST, **change}))
 
 
 def finished(client, location, within_s=10.0):
@@ -248,7 +250,7 @@ def test_what_was_told_before_the_queue_was_full_is_not_told_again(client, servi
     services.judge_failures = [Overloaded(1)]
     events = events_of(post(client, {}, stream=True).text)
     assert [kind for _, kind, _ in events] == ["queued", *["candidate"] * 4, "scored", "done"]
-    assert services.calls == 2
+    assert services.calls == 1  # nor is what was sampled sampled again
 
 
 def test_a_failure_in_the_background_frees_the_key_too(client, services):
@@ -277,6 +279,79 @@ def test_an_erased_request_is_gone_and_its_work_ends(client, services, config):
     if config.database.startswith("sqlite"):
         files = list(Path(config.database.removeprefix("sqlite:///")).parent.iterdir())
         assert len(files) >= 1 and all(b"green tea" not in path.read_bytes() for path in files)
+
+
+def test_who_waits_for_an_erased_request_is_told_that_it_is_gone(client, services, config):
+    services.gate = asyncio.Event()
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(post(client, {"Idempotency-Key": "a"})))
+    waiting.start()
+    while services.calls == 0:
+        time.sleep(0.01)
+    with open_store(config.database).connect() as connection:
+        name = connection.execute(select(requests.c.id)).scalar_one()
+    assert client.delete(f"/v1/consensus/{name}").status_code == 204
+    waiting.join()
+    assert found[0].status_code == 404 and found[0].json()["type"].endswith(":not-found")
+
+
+def test_a_request_that_another_process_took_over_is_in_progress(client, services, config):
+    services.gate = asyncio.Event()
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(post(client, {"Idempotency-Key": "a"})))
+    waiting.start()
+    while services.calls == 0:
+        time.sleep(0.01)
+    with open_store(config.database).begin() as connection:
+        connection.execute(requests.update().values(runner="another"))
+    waiting.join()
+    assert found[0].status_code == 409 and found[0].headers["location"].startswith("/v1/consensus/con_")
+
+
+def test_no_more_than_so_many_are_carried_out_at_once(services, config, monkeypatch):
+    monkeypatch.setattr(background, "AT_ONCE", 2)
+    services.pause_s = 0.2
+    with TestClient(make_app(services, config)) as client:
+        places = [post(client, ASYNC, seed=seed).headers["location"] for seed in range(6)]
+        most = 0
+        while not all(client.get(place).json()["status"] == "done" for place in places):
+            most = max(most, services.calls - services.ended)
+            time.sleep(0.01)
+    assert most == 2 and services.calls == 6
+
+
+def test_looking_at_a_request_at_work_writes_nothing(client, services, config):
+    services.gate = asyncio.Event()
+    location = post(client, {**ASYNC, "Idempotency-Key": "a"}).headers["location"]
+    with open_store(config.database).begin() as connection:
+        connection.execute(requests.update().values(lease=requests.c.lease))  # and holds the writer's lock
+        started = time.monotonic()
+        assert client.get(location).json()["status"] == "running"
+        assert post(client, {"Idempotency-Key": "a"}).status_code == 409
+        assert time.monotonic() - started < 2
+    services.gate = None
+
+
+def test_a_database_that_is_away_for_a_moment_ends_no_request(client, services, monkeypatch):
+    monkeypatch.setattr(background, "WRITE_PAUSES_S", (0.01, 0.01))
+    services.pause_s = LEASE_S / 3 + 0.5
+    failures = {"add_events": 1, "renew": 1, "finish": 2}
+    for name in failures:
+        monkeypatch.setattr(Ledger, name, unreliable(getattr(Ledger, name), name, failures))
+    assert finished(client, post(client, ASYNC).headers["location"])["status"] == "done"
+    assert set(failures.values()) == {0} and services.calls == 1
+
+
+def unreliable(write, name, failures):
+    """``write``, which fails as often as ``failures`` says under that name."""
+
+    def tried(*args, **settings):
+        if failures[name]:
+            failures[name] -= 1
+            raise OperationalError("UPDATE", {}, Exception("database is locked"))
+        return write(*args, **settings)
+
+    return tried
 
 
 def test_a_request_is_its_owners_alone(config):
@@ -315,6 +390,8 @@ def test_a_broken_stream_is_taken_up_where_it_broke(client):
     location, whole = response.headers["location"], events_of(response.text)
     rest = events_of(client.get(location + "/events", headers={"Last-Event-ID": "3"}).text)
     assert rest == whole[4:]
+    end = client.get(location + "/events", headers={"Last-Event-ID": str(whole[-1][0])})
+    assert events_of(end.text) == whole[-1:]  # who asks again is told the end again
     assert client.get(location + "/events", headers={"Last-Event-ID": "x"}).status_code == 422
     assert client.get("/v1/consensus/con_none/events").status_code == 404
 
@@ -341,6 +418,26 @@ def test_another_process_takes_over_from_one_that_died(client, services, config)
     assert services.calls == 1
     dead.add_events(entry, [("candidate", {"index": 9})])  # the dead write nothing
     assert len(events_of(client.get(f"/v1/consensus/{entry.id}/events").text)) == 7
+
+
+def test_who_follows_over_a_take_over_that_fails_is_told_the_end(client, services, config):
+    services.failures = [NoStatement("all are empty")]
+    ledger = Ledger(open_store(config.database))
+    entry, _ = ledger.open("anybody", None, recorded())
+    ledger.add_events(entry, [("queued", {"id": entry.id}), *[("candidate", {"index": k}) for k in range(4)]])
+    with open_store(config.database).begin() as connection:
+        connection.execute(requests.update().values(lease=time.time() - 1))
+    stream = client.get(f"/v1/consensus/{entry.id}/events", headers={"Last-Event-ID": "3"})
+    assert [kind for _, kind, _ in events_of(stream.text)] == ["error"]
+
+
+def test_an_id_that_no_database_keeps_names_nothing(client):
+    for method, path in (("GET", "a%00b"), ("GET", "a%00b/events"), ("DELETE", "a%00b")):
+        assert client.request(method, f"/v1/consensus/{path}").status_code == 404
+
+
+def test_a_default_that_is_new_makes_no_other_request():
+    assert json.loads(api.recorded(ConsensusRequest.model_validate(REQUEST))) == REQUEST
 
 
 def test_a_runner_at_work_is_left_in_peace(config):

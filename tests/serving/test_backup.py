@@ -18,8 +18,9 @@ import cli
 from deliberation.types import InputError
 from serving.backup import backup, check, restore, snapshot
 from serving.migrate import BASELINE, NEWEST, bring, migrate
+from serving.sessions import Sessions
 from serving.store import connect, open_store
-from serving.tables import api_keys, ratings
+from serving.tables import api_keys, deliberations, ratings
 
 ROWS = RELEASED | ADDED
 COUNTS = {name: len(rows) for name, rows in ROWS.items()}
@@ -192,6 +193,17 @@ def test_the_service_writes_on_during_a_backup(full, file):
         add_rating(full)
         assert len(connection.execute(select(ratings)).all()) == 4
     assert backup(full, file)["ratings"] == 5
+
+
+def test_what_is_erased_during_a_backup_is_gone_when_it_ends(sqlite_url, tmp_path):
+    engine = open_store(sqlite_url)
+    sessions = Sessions(engine)
+    name = sessions.create("anna", "My secret question?", {}, "inv_1")
+    with snapshot(connect(sqlite_url)) as connection:
+        assert len(connection.execute(select(deliberations)).all()) == 1
+        sessions.erase(name, "anna")
+        assert len(connection.execute(select(deliberations)).all()) == 1
+    assert not any(b"My secret" in path.read_bytes() for path in (tmp_path / "store").iterdir())
 
 
 def test_memory_does_not_grow_with_the_rows(store_url, file, tmp_path):

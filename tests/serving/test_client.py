@@ -15,7 +15,7 @@ from stub import REQUEST, StubServices
 
 import cli
 from serving.api import make_app
-from serving.client import Client, ServiceError
+from serving.client import LONGEST_RETRY_AFTER_S, Client, ServiceError, _events
 from serving.config import ServeConfig
 from serving.keys import create_key
 from serving.problems import Overloaded
@@ -25,7 +25,8 @@ QUESTION, OPINIONS = REQUEST["question"], REQUEST["opinions"]
 
 
 class Faults:
-    """ASGI middleware that answers the next requests wrongly: a status with a proxy's words, or nothing at all."""
+    """ASGI middleware that answers the next requests wrongly: a status with a proxy's words, nothing at all, or nothing
+    although the request was carried out (``lose``)."""
 
     def __init__(self, app):
         self.app, self.next, self.seen = app, [], []
@@ -36,6 +37,9 @@ class Faults:
             self.seen.append((scope["method"], scope["path"], headers.get("idempotency-key")))
             if self.next:
                 fault = self.next.pop(0)
+                if fault == "lose":
+                    await self.app(scope, receive, _nowhere)
+                    raise RuntimeError("dies")
                 if fault == "hang up":  # begins to answer, and dies: the connection is closed in the middle
                     length = [(b"content-length", b"100")]
                     await send({"type": "http.response.start", "status": 200, "headers": length})
@@ -44,6 +48,10 @@ class Faults:
                 await PlainTextResponse("a proxy speaks", fault)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+async def _nowhere(message):
+    """An ASGI ``send`` whose connection is gone."""
 
 
 class Running:
@@ -146,6 +154,66 @@ def test_background_requests_events_and_erasure(client, served):
     for call in (client.state, client.erase, lambda name: list(client.events(name))):
         with pytest.raises(ServiceError, match="404"):
             call(started.id)
+
+
+def impatient(served, **change):
+    return Client(served.url, **{"pause_s": 0.01, "tries": 3, "timeout_s": 0.5, **change})
+
+
+def test_an_answer_that_is_still_on_its_way_is_waited_for(served, services):
+    services.pause_s = 3  # beyond time limit and tries
+    with impatient(served) as client:
+        assert client.consensus(QUESTION, OPINIONS, n=4).statement
+    assert services.calls == 1
+    posts = [key for method, _, key in served.faults.seen if method == "POST"]
+    assert len(posts) == 2 and len(set(posts)) == 1  # the second is told where the first one stands
+
+
+def test_what_was_waited_for_and_came_to_nothing_is_asked_again_under_the_same_key(served, services):
+    services.pause_s, services.failures = 1.5, [RuntimeError("dies")]
+    with impatient(served) as client:
+        assert client.consensus(QUESTION, OPINIONS, n=4).statement
+    assert services.calls == 2
+    assert len({key for method, _, key in served.faults.seen if method == "POST"}) == 1
+
+
+def test_what_comes_to_nothing_again_and_again_is_given_up(served, services):
+    services.pause_s, services.failures = 1.5, [RuntimeError("dies")] * 10
+    with impatient(served, tries=2) as client, pytest.raises(ServiceError, match="nothing 2 times"):
+        client.consensus(QUESTION, OPINIONS, n=4)
+    assert services.calls == 2
+
+
+def test_erasing_succeeds_where_the_first_answer_was_lost(client, served):
+    started = client.start(QUESTION, OPINIONS, n=4)
+    client.wait(started.id, poll_s=0.02)
+    served.faults.next = ["lose"]
+    client.erase(started.id)
+    assert served.faults.seen[-2:] == [("DELETE", f"/v1/consensus/{started.id}", None)] * 2
+    with pytest.raises(ServiceError, match="404"):
+        client.erase(started.id)
+
+
+def test_what_never_was_is_said_at_once(client, served):
+    with pytest.raises(ServiceError, match="404"):
+        client.erase("con_1")
+    assert len(served.faults.seen) == 1
+    with Client(f"{served.url}/elsewhere", pause_s=0.01) as lost, pytest.raises(ServiceError, match="404"):
+        lost.consensus(QUESTION, OPINIONS, n=4)
+    assert len(served.faults.seen) == 2
+
+
+@pytest.mark.parametrize(("asked", "k", "pause"), [(None, 0, 0.1), (None, 9, 10.0), ("3", 0, 3.0), ("40", 9, 40.0),
+                                                   ("3600", 0, LONGEST_RETRY_AFTER_S), ("soon", 0, 0.1)])  # fmt: skip
+def test_the_services_own_pause_is_kept(asked, k, pause):
+    with Client("http://127.0.0.1:9", pause_s=0.1) as client:
+        assert client._pause(k, asked) == pytest.approx(pause)
+
+
+def test_comments_are_no_events():
+    stream = [": ping", "", "id: 0", "event: queued", "data: {}", "", ": ping", "", "event:", "", "data:", "data: b",
+              "retry: 3", "", "id: 2", "event:done", "data:{}", ""]  # fmt: skip
+    assert list(_events(iter(stream))) == [(0, "queued", "{}"), (0, "message", "\nb"), (2, "done", "{}")]
 
 
 def test_scores_aggregates_and_models(client):

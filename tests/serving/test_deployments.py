@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pickle
@@ -37,7 +38,7 @@ from serving.deployments import build, curl_line, model_folder, read_settings, r
 from serving.local import LocalJudge, LocalSampler
 from serving.own_ray import HAPROXY_FILES, HAPROXY_PORTS
 from serving.problems import Overloaded
-from serving.remote import TRIES, call
+from serving.remote import TRIES, RemoteServices, call
 from serving.schemas import ConsensusRequest
 from serving.worker import Busy, Refusal
 
@@ -163,6 +164,7 @@ def test_every_queue_has_an_end_and_every_model_its_range(folders):
         assert (scaling.min_replicas, scaling.max_replicas) == (2, 3)
         assert found[name].max_queued_requests == 5
         assert found[name]._deployment_config.graceful_shutdown_timeout_s == 40  # a request in work is let finish
+        assert found[name].init_args[0] == 40  # a call that takes longer is stuck
 
 
 def test_a_policys_server_takes_no_gpu(folders):
@@ -252,6 +254,31 @@ async def test_other_errors_are_not_tried_again(error):
     with pytest.raises((type(error), Overloaded)):
         await call(method)
     assert method.outcomes == [3]
+
+
+class Handle:
+    """Stands in for a deployment's handle, whose versions are asked for with the given outcomes."""
+
+    def __init__(self, *outcomes):
+        self.version = Method(*outcomes)
+
+    def options(self, **options):
+        return self
+
+
+async def test_versions_are_asked_of_the_models_once_in_a_while(monkeypatch):
+    monkeypatch.setattr(remote, "VERSIONS_AGE_S", 0.2)
+    policy, judge = Handle("p", "p2", ZeroDivisionError(), "p3"), Handle(*"jjjj")
+    services = RemoteServices({"default": policy}, {"default": judge})
+    found = await asyncio.gather(*(services.versions() for _ in range(10)))
+    assert found == [{"preference_model:default": "j", "policy:default": "p"}] * 10
+    await asyncio.sleep(0.3)
+    assert (await services.versions())["policy:default"] == "p2"
+    await asyncio.sleep(0.3)
+    with pytest.raises(ZeroDivisionError):  # a model that has died is not hidden for longer
+        await services.versions()
+    assert (await services.versions())["policy:default"] == "p3"  # nor one that is back
+    assert policy.version.outcomes == judge.version.outcomes == []
 
 
 def test_the_curl_line_sends_a_key_where_one_is_needed():

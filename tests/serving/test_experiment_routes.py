@@ -168,10 +168,9 @@ def test_keys_open_what_their_scopes_say(config, engine):
         assert client.post(PATH, json=BODY).status_code == 401
 
 
-def test_a_deliberation_of_people_is_part_of_an_experiment(client, engine):
-    """From the first opinion to the report, through the service alone."""
-    made = begun(client)["id"]
-    room = client.post("/v1/deliberations", json={"question": "Should tea be free?", "experiment": made}).json()
+def led_to_rating(client, experiment):
+    """A deliberation of two people that is part of the experiment: its path and their tokens."""
+    room = client.post("/v1/deliberations", json={"question": "Should tea be free?", "experiment": experiment}).json()
     path, tokens = f"/v1/deliberations/{room['id']}", []
     for k, text in enumerate(("Yes, for all of us here.", "No.")):
         joined = client.post(f"{path}/members", json={"invite": room["invite"], "alias": f"m{k}"}).json()
@@ -180,6 +179,28 @@ def test_a_deliberation_of_people_is_part_of_an_experiment(client, engine):
     assert client.post(f"{path}/generate").status_code == 202
     while client.get(path).json()["state"] == "generating":
         pass
+    return path, tokens
+
+
+def test_nobody_criticises_in_an_experiment(client):
+    """It has one round, and a winner an arm."""
+    _, tokens = led_to_rating(client, begun(client, arms=[ARMS[0], {"name": "more", "n": 8}])["id"])
+    refused = client.post("/v1/critiques", json={"text": "Too long."}, headers=bearer(tokens[0]))
+    assert refused.status_code == 422 and refused.json()["type"].endswith(":wrong-state"), refused.text
+
+
+def test_names_of_arms_are_drawn_as_they_are(client, engine):
+    """Matplotlib would read them as formulas."""
+    made = begun(client, arms=[{"name": "$\\frac$"}, {"name": "a $b$ c"}])["id"]
+    hold(engine, made, *[[[7, 7], [1, 1]]] * 30)  # enough to decide: the name stands at the decision too
+    drawn_up = client.get(f"{PATH}/{made}/plot.png")
+    assert drawn_up.status_code == 200 and drawn_up.headers["content-type"] == "image/png", drawn_up.text
+
+
+def test_a_deliberation_of_people_is_part_of_an_experiment(client, engine):
+    """From the first opinion to the report, through the service alone."""
+    made = begun(client)["id"]
+    path, tokens = led_to_rating(client, made)
     shown = [client.get(f"{path}/me", headers=bearer(token)).json()["candidates"] for token in tokens]
     for token, seen in zip(tokens, shown):
         for one in seen:

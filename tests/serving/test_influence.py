@@ -182,6 +182,26 @@ def test_a_failure_ends_the_other_answers():
     assert ("Ann", "Cid") in ended
 
 
+class Silent(EchoSampler):
+    """Writes nothing for those without Bob."""
+
+    def sample(self, question, opinions, orders):
+        drafts = super().sample(question, opinions, orders)
+        return drafts if "Bob" in opinions else [replace(d, texts=("",) * len(d.texts)) for d in drafts]
+
+
+def test_an_answer_without_any_statement_names_the_opinion_it_is_without():
+    judge, plan = TableJudge(), plan_of()
+
+    async def answered(part):
+        return answer(Silent(), judge, part)
+
+    with pytest.raises(NoStatement, match=r"^without opinions\[1\], all 3 candidates are empty"):
+        answer_with_influence(Silent(), judge, plan)
+    with pytest.raises(NoStatement, match=r"^without opinions\[1\], all 3 candidates are empty"):
+        asyncio.run(add_influence(plan, answer(Silent(), judge, plan), answered))
+
+
 # ---------------------------------------------------------------- on models
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fastapi.testclient import TestClient
@@ -13,7 +15,17 @@ import cli
 from deliberation.types import InputError
 from serving.api import make_app
 from serving.config import ServeConfig
-from serving.keys import ANYBODY, CONSENSUS, KNOWN_FOR_S, Doorkeeper, create_key, list_keys, revoke_key
+from serving.keys import (
+    ANYBODY,
+    CONSENSUS,
+    KNOWN_FOR_S,
+    Caller,
+    Doorkeeper,
+    create_key,
+    list_keys,
+    revoke_key,
+    rotate_key,
+)
 from serving.problems import ApiError
 from serving.store import open_store
 
@@ -77,6 +89,65 @@ def test_a_revoked_key_is_refused_within_seconds(url):
     assert refusal(door, secret).kind == "unauthorized"
     with pytest.raises(InputError):
         revoke_key(engine, key.id)
+
+
+def test_a_rotated_key_has_a_new_secret_and_all_that_was_its(client, url):
+    engine, body = open_store(url), {"question": "Should tea be free?"}
+    key, old = create_key(engine, "anna", (CONSENSUS, "admin:read"), rate_per_minute=50)
+    made = client.post("/v1/deliberations", json=body, headers=bearer(old)).json()["id"]
+    new = rotate_key(engine, key.id)
+    assert refusal(Doorkeeper(engine), old).kind == "unauthorized"
+    assert list_keys(engine) == [key]
+    assert Doorkeeper(engine).admit(new, "admin:read") == Caller(key.id, frozenset(key.scopes), 50)
+    assert client.delete(f"/v1/deliberations/{made}", headers=bearer(new)).status_code == 204
+
+
+def test_a_rotated_keys_old_secret_is_refused_within_seconds(url):
+    clock, engine = Clock(), open_store(url)
+    door = Doorkeeper(engine, clock)
+    key, secret = create_key(engine, "anna")
+    door.admit(secret, CONSENSUS)
+    rotate_key(engine, key.id)
+    clock.now += KNOWN_FOR_S + 0.1
+    assert refusal(door, secret).kind == "unauthorized"
+
+
+def test_only_a_live_key_is_rotated(url):
+    engine = open_store(url)
+    key, _ = create_key(engine, "anna")
+    revoke_key(engine, key.id)
+    for name in (key.id, "key_none"):
+        with pytest.raises(InputError) as caught:
+            rotate_key(engine, name)
+        assert caught.value.field == "id"
+
+
+def test_threads_do_not_get_more_than_the_rate_together():
+    def slow_clock():
+        time.sleep(0.0005)  # between looking into the bucket and taking from it
+        return 1000.0
+
+    door, caller = Doorkeeper(None, slow_clock), Caller("mbr_1", frozenset(), 100)
+
+    def admitted(turn):
+        try:
+            door.count(caller)
+        except ApiError:
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(admitted, range(200))) == 100
+
+
+def test_a_caller_who_has_been_gone_for_a_minute_takes_no_memory():
+    clock = Clock()
+    door = Doorkeeper(None, clock)
+    for k in range(1000):
+        clock.now += 1
+        door.count(Caller(f"mbr_{k}", frozenset(), 240))
+    assert len(door._buckets) <= 121
+    assert door.limits(Caller("mbr_999", frozenset(), 240))["RateLimit"] == '"minute";r=239;t=1'
 
 
 def test_a_key_is_used_as_often_as_its_rate_says(url):
@@ -146,6 +217,10 @@ def test_the_command_makes_lists_and_revokes(url, capsys):
     assert cli.main(["keys", "list", "--database", url]) == 0
     shown = capsys.readouterr().out
     assert name in shown and "live" in shown and secret not in shown
+    assert cli.main(["keys", "rotate", "--id", name, "--database", url]) == 0
+    old, (same, secret, *_) = secret, capsys.readouterr().out.splitlines()
+    assert refusal(Doorkeeper(open_store(url)), old).kind == "unauthorized"
+    assert same == name and Doorkeeper(open_store(url)).admit(secret, CONSENSUS).id == name
     assert cli.main(["keys", "revoke", "--id", name, "--database", url]) == 0
     assert refusal(Doorkeeper(open_store(url)), secret).kind == "unauthorized"
     assert [key.revoked is None for key in list_keys(open_store(url))] == [False]
@@ -173,7 +248,7 @@ def test_acknowledged_writes_survive_a_crash_of_the_machine(sqlite_url, tmp_path
 
 def test_listing_keys_makes_no_database(tmp_path, capsys):
     place = tmp_path / "none.db"
-    for words in (["list"], ["revoke", "--id", "key_1"]):
+    for words in (["list"], ["revoke", "--id", "key_1"], ["rotate", "--id", "key_1"]):
         assert cli.main(["keys", *words, "--database", f"sqlite:///{place}"]) == 2
         assert "no such file" in capsys.readouterr().err
     assert not place.exists()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,7 @@ from reward.preference import Calibration, PreferenceModel, fingerprint
 from rl.policy import sample
 from serving.best_of_n import best_of_n
 from serving.config import Sampling
-from serving.local import LocalJudge, LocalSampler
+from serving.local import LocalJudge, LocalSampler, LocalServices
 from serving.orders import draw_orders
 
 from tiny import make_judge, make_policy, make_tokenizer
@@ -93,3 +96,39 @@ def test_the_judge_refuses_what_it_cannot_read(judge):
     with pytest.raises(InputError, match="tokens") as caught:
         judge.judge("Why?", ["Yes.", "x" * 2000], ["Tea for all of us."])
     assert caught.value.field == "opinions[1]"
+
+
+class Gated:
+    """A policy and a preference model in one, whose calls last until they are let go; the calls in turn."""
+
+    version = "sha256:gated"
+
+    def __init__(self):
+        self.opened, self.begun = threading.Event(), []
+
+    def sample(self, question, opinions, orders):
+        self.begun.append(question)
+        assert self.opened.wait(20)
+        self.begun.append(question)
+        return []
+
+    judge = sample
+
+
+async def test_calls_wait_in_turn_and_keep_nobody_else_waiting():
+    model = Gated()
+    services = LocalServices({"default": model}, {"default": model})
+    calls = []
+    for k in range(20):  # twice a name: more than the loop's own threads on many machines
+        calls.append(asyncio.ensure_future(services.sampler("default").sample(f"s{k}", ["Yes."], [])))
+        calls.append(asyncio.ensure_future(services.judge("default").judge(f"j{k}", ["Yes."], [])))
+    try:
+        await asyncio.sleep(0.05)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), 5) == "free"
+        assert model.begun == ["s0"]
+        calls.pop().cancel()  # nobody waits for the last one
+    finally:
+        model.opened.set()
+    await asyncio.gather(*calls)
+    expected = [f"{kind}{k}" for k in range(20) for kind in "sj"][:-1]
+    assert model.begun == [name for name in expected for _ in range(2)]  # one at a time, first come, first served

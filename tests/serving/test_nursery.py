@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -80,6 +82,39 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path, monkeypatch):
     folder.symlink_to(tmp_path)
     with pytest.raises(RuntimeError, match="not ours alone"):
         ModelProcess("HostedPolicy", "policy", Sampling(), "cpu")
+
+
+SLOW_MODEL = """
+import sys, time, types
+from multiprocessing.connection import Connection
+from serving import nursery
+
+class Slow:
+    def work(self):
+        time.sleep(60)
+
+sys.modules["slow"], nursery.HOSTED = types.SimpleNamespace(Slow=Slow), "slow"
+nursery._hold_model(Connection(int(sys.argv[1])))
+"""
+
+
+def test_a_model_process_ends_with_its_replica_in_the_middle_of_a_call_too():
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-c", SLOW_MODEL, str(theirs.fileno())]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+    try:
+        with Connection(ours.detach()) as replica:
+            replica.send((environment, "Slow", ()))
+            assert replica.recv() == (True, None)
+            replica.send(("work", ()))
+            with pytest.raises(subprocess.TimeoutExpired):  # it works, and what it is sent does not end it
+                process.wait(timeout=1)
+        assert process.wait(timeout=10) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 REPLICA = """

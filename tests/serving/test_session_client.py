@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from stub import StubServices
-from test_client import Running
+from test_client import Faults, Running
 
 from serving.api import make_app
 from serving.best_of_n import NoStatement
@@ -19,10 +19,17 @@ def services():
 
 
 @pytest.fixture
-def url(services, tmp_path):
+def served(services, tmp_path):
     config = ServeConfig(database=f"sqlite:///{tmp_path}/service.db", num_candidates=6, background_timeout_s=20)
-    with Running(make_app(services, config)) as running:
-        yield running.url
+    faults = Faults(make_app(services, config))
+    with Running(faults) as running:
+        running.faults = faults
+        yield running
+
+
+@pytest.fixture
+def url(served):
+    return served.url
 
 
 @pytest.fixture
@@ -80,3 +87,18 @@ def test_a_generation_that_fails_is_told(services, url, organiser):
             organiser.generate(made.id)
         assert failed.value.problem.type.endswith("no-statement")
         assert organiser.generate(made.id).state == "rating"
+
+
+def test_leaving_and_erasing_succeed_where_the_first_answer_was_lost(served, url, organiser):
+    made = organiser.create("Should tea be free?")
+    with Participant.join(url, made.id, made.invite, "Anna", pause_s=0.01) as anna:
+        served.faults.next = ["lose"]
+        anna.leave()
+        with pytest.raises(ServiceError) as gone:
+            anna.leave()
+        assert gone.value.status == 401
+    served.faults.next = ["lose"]
+    organiser.erase(made.id)
+    with pytest.raises(ServiceError) as gone:
+        organiser.erase(made.id)
+    assert gone.value.status == 404

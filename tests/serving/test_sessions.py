@@ -9,21 +9,28 @@ import json
 import logging
 import secrets
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import delete, event, select
 from stub import StubServices
 
 from serving.answering import silent
 from serving.api import make_app
+from serving.ballots import Ballots
 from serving.best_of_n import NoStatement
 from serving.config import ServeConfig
 from serving.cycle_data import group_row
 from serving.generation import Generation
 from serving.ledger import LEASE_S, Ledger
 from serving.metrics import ProcessMetrics
+from serving.problems import ApiError
 from serving.sessions import INVITE_PREFIX, MEMBER_PREFIX, Sessions, new_token
-from serving.store import connect, open_store
+from serving.store import connect, open_store, reading
+from serving.tables import candidates, deliberations, members
 
 PATH = "/v1/deliberations"
 OPINIONS = ("Tea for all, at once.", "No free tea while I pay for it.", "Only green tea, and in the morning.")
@@ -353,12 +360,110 @@ def test_erasing_a_member_removes_their_text_from_tables_exports_and_logs(room, 
     assert kind(room.client.get(f"{PATH}/{room.id}/me", headers=bearer(room.tokens[1]))) == "unauthorized"
 
 
-def test_a_deliberation_is_erased_whole(room, store_url):
+def test_a_deliberation_is_erased_whole(room, store_url, tmp_path):
     room.generate()
     room.rate(0, room.me(0)["candidates"][0]["id"], 5)
+    said = (*OPINIONS, *(candidate["statement"] for candidate in room.report()["candidates"]))
+    assert all(text in texts_of(connect(store_url)) for text in (*said, room.id))
     assert room.client.delete(f"{PATH}/{room.id}").status_code == 204
     left = texts_of(connect(store_url))
-    assert not any(text in left for text in OPINIONS)
+    assert not any(text in left for text in (*said, room.id))  # nor does the record of its generation name it
+    if store_url.startswith("sqlite"):
+        files = b"".join(path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file())
+        assert not any(text.encode() in files for text in said)
+
+
+def test_a_deliberation_that_everybody_left_is_not_unanimous(room):
+    room.generate()
+    for token in room.tokens:
+        assert room.client.delete(f"{PATH}/{room.id}/me", headers=bearer(token)).status_code == 204
+    assert [c["unanimous"] for c in room.report()["candidates"]] == [None] * 4
+
+
+def generating(engine, size=2):
+    """Sessions, and a deliberation whose members have written: its id and they."""
+    sessions, invite = Sessions(engine), new_token(INVITE_PREFIX)
+    name = sessions.create("anna", "Should tea be free?", {}, invite)
+    people = [sessions.join(name, invite, f"member {k}", True, new_token(MEMBER_PREFIX)) for k in range(size)]
+    for member in people:
+        sessions.write_opinion(member, "Tea for all.", 0)
+    sessions.freeze(name, "anna", revise=False)
+    return sessions, name, people
+
+
+def keep(sessions, name, people):
+    """Keep one candidate, which all the people are predicted to like; returns its id."""
+    row = {
+        "id": "can_" + secrets.token_hex(8), "number": 0, "statement": "Tea.", "policy": "p", "versions": "{}",
+        "welfare": 1.0, "predicted": json.dumps({member.id: 5.0 for member in people}), "winner": True,
+    }  # fmt: skip
+    sessions.keep(name, sessions.get(name).generation, [row], [])
+    return row["id"]
+
+
+def predicted_of(engine):
+    with engine.connect() as connection:
+        return json.loads(connection.execute(select(candidates.c.predicted)).scalar_one())
+
+
+def test_nothing_is_predicted_of_a_member_who_left_while_candidates_were_written(store_url):
+    engine = open_store(store_url)
+    sessions, name, people = generating(engine)
+    sessions.erase_member(people[0])
+    keep(sessions, name, people)
+    assert predicted_of(engine) == {people[1].id: 5.0}
+
+
+def test_of_members_who_leave_at_once_nothing_stays(postgres_url):
+    """SQLite's writers take turns anyway."""
+    engine, both = open_store(postgres_url), Barrier(2)
+    sessions, name, people = generating(engine)
+    keep(sessions, name, people)
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def meet(connection, cursor, statement, *rest):
+        if statement.startswith("UPDATE candidates"):
+            with suppress(BrokenBarrierError):
+                both.wait(timeout=1)  # until both have read what is predicted, if they can
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(sessions.erase_member, people))
+    assert predicted_of(engine) == {}
+
+
+def test_a_rating_does_not_stop_an_erasure(postgres_url):
+    """Both lock the deliberation first, then the member: neither waits for the other for ever."""
+    engine = open_store(postgres_url)
+    sessions, name, people = generating(engine)
+    candidate = keep(sessions, name, people)
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+
+    def rate():
+        try:
+            return Ballots(engine).rate(people[0], candidate, 5, 5)
+        except ApiError as error:
+            return error.kind
+
+    with ThreadPoolExecutor(1) as threads:
+        with engine.begin() as erasing:
+            erasing.execute(select(deliberations).where(deliberations.c.id == name).with_for_update())
+            rated = threads.submit(rate)
+            with reading(engine) as watching:
+                while not watching.exec_driver_sql(waits).scalar():
+                    time.sleep(0.02)
+            erasing.execute(delete(deliberations).where(deliberations.c.id == name))
+        assert rated.result() == "not-found"
+    with engine.connect() as connection:
+        assert connection.execute(select(members)).all() == []
+
+
+def test_an_id_that_no_database_keeps_names_nothing(client):
+    for path in (PATH, "/v1/experiments"):
+        assert kind(client.get(f"{path}/a%00b")) == "not-found"
+    for method, path in (("DELETE", ""), ("POST", "/generate"), ("POST", "/close"), ("GET", "/report.csv")):
+        assert kind(client.request(method, f"{PATH}/a%00b{path}")) == "not-found"
+    joined = client.post(f"{PATH}/a%00b/members", json={"invite": new_token(INVITE_PREFIX), "alias": "Eve"})
+    assert kind(joined) == "unauthorized"
 
 
 def test_the_report_as_csv_has_a_line_a_member_and_candidate(room):

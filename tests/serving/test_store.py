@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from rows import ADDED, fill
-from sqlalchemy import func, select, text
+from sqlalchemy import func, insert, select, text
+from sqlalchemy.exc import DBAPIError
 
-from serving.store import connect, open_store, reading
-from serving.tables import lineage
+from deliberation.types import InputError
+from serving import store
+from serving.backup import backup
+from serving.sessions import Sessions
+from serving.store import absolute, connect, open_store, reading
+from serving.tables import deliberations, lineage
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,3 +103,81 @@ def test_readers_never_wait_for_a_writer(sqlite_url):
         with reading(engine) as reader:
             assert reader.execute(select(lineage)).all() == []
         assert time.perf_counter() - started < 1
+
+
+def files_of(engine):
+    """All bytes of an SQLite database: the file and its log."""
+    place = Path(engine.url.database)
+    return b"".join(path.read_bytes() for path in place.parent.iterdir())
+
+
+def write_a_row(engine, url, file):
+    fill(engine, {"lineage": ADDED["lineage"]})
+
+
+def erase_another(engine, url, file):
+    sessions = Sessions(engine)
+    sessions.erase(sessions.create("anna", "Another?", {}, "inv_2"), "anna")
+
+
+def back_up(engine, url, file):
+    backup(connect(url), file)
+
+
+def start_again(engine, url, file):
+    open_store(url)
+
+
+@pytest.mark.parametrize("then", [write_a_row, erase_another, back_up, start_again])
+def test_what_somebody_read_while_it_was_erased_leaves_the_files_later(sqlite_url, tmp_path, monkeypatch, then):
+    monkeypatch.setattr(store, "AGAIN_S", 0.0)
+    engine, sessions = open_store(sqlite_url), Sessions(open_store(sqlite_url))
+    name = sessions.create("anna", "My secret question?", {}, "inv_1")
+    with closing(sqlite3.connect(engine.url.database, isolation_level=None)) as reader:  # as a backup does
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM deliberations").fetchone() == (1,)
+        with ThreadPoolExecutor(1) as threads:
+            started = time.perf_counter()
+            erased = threads.submit(sessions.erase, name, "anna")
+            for k in range(5):
+                fill(engine, {"lineage": [ADDED["lineage"][0] | {"id": f"before_{k}"}]})
+            erased.result()
+            assert time.perf_counter() - started < 5  # neither waited for the reader
+        with reading(engine) as connection:
+            assert connection.execute(select(deliberations)).all() == []
+        assert b"My secret question?" in files_of(engine)
+    then(sessions.engine, sqlite_url, tmp_path / "backup.gz")
+    assert b"My secret question?" not in files_of(engine)
+
+
+def test_a_log_that_cannot_be_emptied_is_told_and_tried_again(caplog):
+    class Broken:
+        def execute(self, statement):
+            if "checkpoint" in statement:
+                raise sqlite3.OperationalError("disk I/O error")
+
+    log = store.Log()
+    assert not log.empty(Broken()) and log.left
+    assert "disk I/O error" in caplog.text
+
+
+def test_an_error_does_not_quote_what_was_written(store_url):
+    engine = open_store(store_url)
+    row = {"id": "del_1", "question": "My secret question?"}
+    with pytest.raises(DBAPIError) as caught, engine.begin() as connection:
+        connection.execute(insert(deliberations).values(row | {"experiment": "exp_none", "owner": "o", **_OF_ANY}))
+    assert "secret" not in f"{caught.value}{caught.value!r}" and "INSERT" in str(caught.value)
+
+
+_OF_ANY = {"settings": "{}", "state": "closed", "round": 1, "invite": "i", "salt": "s", "created": 1.0}
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "sqlite+pysqlite"])
+def test_a_file_is_named_from_anywhere(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute(f"{kind}:///runs/x.db") == f"{kind}:///{tmp_path}/runs/x.db"
+    assert absolute(f"{kind}:////runs/x.db") == f"{kind}:////runs/x.db"
+    for url in ("postgresql+psycopg://anna:p%40ss@host/name", f"{kind}://", f"{kind}:///:memory:"):
+        assert absolute(url) == url
+    with pytest.raises(InputError):
+        absolute("service.db")

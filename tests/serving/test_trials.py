@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +17,7 @@ from trial_stream import BETWEEN, OWNER, PAIRED, A, B, C, begin, close, drawn, h
 from deliberation.types import InputError
 from evaluation.experiment_measures import Rated, numbers
 from evaluation.sequences import difference_sequence
-from serving import trials
+from serving import session_report, trials
 from serving.experiment_report import ExperimentReport
 from serving.experiment_text import render
 from serving.experiments import Spec, member_order
@@ -23,7 +25,7 @@ from serving.problems import ApiError
 from serving.sessions import Sessions
 from serving.store import new_id, open_store
 from serving.tables import assignments, candidates, deliberations, experiments, exposures, ratings
-from serving.trial_analysis import overall, sequence_of
+from serving.trial_analysis import analyse, overall, sequence_of
 
 
 @pytest.fixture
@@ -407,6 +409,66 @@ def test_a_stopped_experiment_keeps_its_report(engine, paired):
     assert report(engine, paired) == verdict
     found = trials.get(engine, paired, OWNER)
     assert found.stopped == verdict.stopped and found.enrolled == 0
+
+
+def test_the_service_writes_on_while_an_experiment_is_stopped(engine, paired, monkeypatch):
+    """The report takes seconds to compute; from the first moment the experiment takes no more deliberations."""
+    hold(engine, paired, [[7, 7], [1, 1]])
+
+    def analyse_and_write(*arguments, **named):
+        with engine.begin() as connection:
+            begin(connection, None)
+            assert refusal(trials.check_open, connection, paired, OWNER) == "wrong-state"
+        return analyse(*arguments, **named)
+
+    monkeypatch.setattr(trials, "analyse", analyse_and_write)
+    assert trials.stop(engine, paired, OWNER).closed == 1
+
+
+def test_a_stop_that_broke_off_is_made_up_for(engine, paired, monkeypatch):
+    hold(engine, paired, [[7, 7], [1, 1]])
+    pending, _ = hold(engine, paired, [[6, 6], [2, 2]], closing=False)
+
+    def fail(*arguments, **named):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(trials, "analyse", fail)
+        with pytest.raises(RuntimeError):
+            trials.stop(engine, paired, OWNER)
+    stopped = trials.get(engine, paired, OWNER).stopped
+    with engine.begin() as connection:
+        close(connection, pending, at=stopped + 1)  # too late
+    found = report(engine, paired)
+    assert (found.stopped, found.closed, found.pending) == (stopped, 1, 1)
+    assert trials.stop(engine, paired, OWNER) == found
+    with engine.begin() as connection:
+        connection.execute(deliberations.delete())
+    assert report(engine, paired) == found  # kept by now
+
+
+def test_of_stops_at_once_one_report_is_kept(engine, paired, monkeypatch):
+    hold(engine, paired, [[7, 7], [1, 1]])
+    kept = []
+
+    def analyse_second(*arguments, **named):
+        if not kept:  # another one comes in between
+            kept.append(None)
+            kept[0] = trials.stop(engine, paired, OWNER)
+            return replace(analyse(*arguments, **named), warnings=("of the first one",))
+        return analyse(*arguments, **named)
+
+    monkeypatch.setattr(trials, "analyse", analyse_second)
+    assert trials.stop(engine, paired, OWNER) == kept[0] == report(engine, paired)
+
+
+def test_the_order_of_a_report_does_not_tell_the_arms(engine, paired):
+    ids = {"ppo": "can_b", "rerank": "can_a"}  # as a spec has them, and as chance named them
+    name, _ = hold(engine, paired, [[4, math.nan], [math.nan, 4]], ids=ids, closing=False)
+    row = Sessions(engine).get(name)
+    lines = list(csv.DictReader(io.StringIO(session_report.table(engine, row))))
+    assert list(dict.fromkeys(line["candidate"] for line in lines)) == ["can_a", "can_b"]
+    assert [one.id for one in session_report.report(engine, row).candidates] == ["can_a", "can_b"]
 
 
 def test_an_erased_deliberation_or_member_leaves_no_trace(engine, paired):

@@ -72,8 +72,35 @@ async def test_a_worker_that_makes_no_progress_fails_its_check():
     with pytest.raises(RuntimeError, match="2 requests wait"):
         await worker.check(lambda: None)
     gate.opened.set()
-    await asyncio.gather(*tasks)
+    await asyncio.wait(tasks)
     await worker.check(lambda: None)
+
+
+async def test_who_waits_for_stuck_work_is_told_so_and_who_waits_behind_it_is_not():
+    worker, gate = Worker(0.2), Gate()
+    first, second = await busy(worker, gate, "first", "second")
+    await asyncio.sleep(0.3)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="2 requests wait"):
+            await worker.check(lambda: None)
+        await asyncio.sleep(0.01)
+    assert first.done() and isinstance(first.exception(), TimeoutError)
+    assert not second.done()  # its replica will be lost, and another asked
+    gate.opened.set()
+    assert await second == "second"
+
+
+async def test_stuck_work_that_nobody_waits_for_fails_the_check_alike():
+    worker, gate = Worker(0.2), Gate()
+    first, second = await busy(worker, gate, "first", "second")
+    first.cancel()
+    await asyncio.sleep(0.3)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="2 requests wait"):
+            await worker.check(lambda: None)
+    assert first.cancelled() and not second.done()
+    gate.opened.set()
+    assert await second == "second"
 
 
 async def test_an_idle_model_is_probed_and_one_that_worked_lately_is_not(monkeypatch):
