@@ -12,6 +12,7 @@ from deliberation.types import Choice, Deliberation, InputError, Rank, Rating, R
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def read_table(source: str | Path, columns: Sequence[str], split: str = "train") -> list[Row]:
@@ -94,24 +95,61 @@ def write_jsonl(path: str | Path, rows: Iterable[Row]) -> Path:
 
 
 def read_deliberations(source: str | Path) -> list[Deliberation]:
-    """Deliberations of a table with ``question`` and ``opinions`` (and, if there, ``id`` and ``topic``)."""
+    """Deliberations of a table with ``question`` and ``opinions`` (and, if there, ``id`` and ``topic``).
+
+    Raises:
+        InputError: naming file, row and field.
+    """
     rows = read_table(source, ("question", "opinions"))
     for number, row in enumerate(rows, 1):
         if not isinstance(row["opinions"], list | tuple):
             raise InputError("data", f"{source}, row {number}", "its opinions must be a list of strings")
     return [
-        Deliberation(str(r.get("id", k)), r["question"], tuple(r["opinions"]), str(r.get("topic") or ""))
+        _made(
+            Deliberation,
+            source,
+            k,
+            id=str(k if r.get("id") is None else r["id"]),
+            question=r["question"],
+            opinions=tuple(r["opinions"]),
+            topic=str(r.get("topic") or ""),
+        )
         for k, r in enumerate(rows)
     ]
+
+
+def _made(kind: type[Made], source: str | Path, index: int, **fields: Any) -> Made:
+    """``kind(**fields)`` of the row ``index``.
+
+    Raises:
+        InputError: naming file, row (from 1) and field.
+    """
+    where = f"{Path(source).name}, row {index + 1}"
+    if not isinstance(fields.get("member", 0), int | str):
+        raise InputError(f"{where}: member", fields["member"], "must be an integer")
+    try:
+        return kind(**fields)
+    except InputError as error:
+        raise InputError(f"{where}: {error.field}", error.value, error.mend) from error
 
 
 RATING_COLUMNS = ("deliberation_id", "member", "question", "opinion", "statement", "agreement", "quality")
 
 
 def read_ratings(source: str | Path) -> list[Rating]:
-    """Ratings of a table with the columns of ``Rating`` (``topic`` may be left out)."""
-    rows = read_table(source, RATING_COLUMNS)
-    return [Rating(**{c: r[c] for c in RATING_COLUMNS}, topic=str(r.get("topic") or "")) for r in rows]
+    """Ratings of a table with the columns of ``Rating`` (``topic`` may be left out).
+
+    Raises:
+        InputError: naming file, row and field.
+    """
+    return _responses(Rating, source, read_table(source, RATING_COLUMNS), RATING_COLUMNS)
+
+
+def _responses(kind: type[Made], source: str | Path, rows: Sequence[Row], columns: Sequence[str]) -> list[Made]:
+    return [
+        _made(kind, source, k, **{c: r[c] for c in columns}, topic=str(r.get("topic") or ""))
+        for k, r in enumerate(rows)
+    ]
 
 
 MEMBER_COLUMNS = ("deliberation_id", "member", "question", "opinion")
@@ -129,7 +167,7 @@ def read_responses(source: str | Path) -> list[Response]:
     """Ratings, votes, soft votes, ranks or choices of a table, whichever its columns are (``topic`` may be left out).
 
     Raises:
-        InputError: if the columns of no kind are all there, or a row is bad.
+        InputError: if the columns of no kind are all there, or a row is bad, naming file, row and field.
     """
     rows = read_table(source, MEMBER_COLUMNS)
     kind = next((kind for kind, columns in RESPONSES.items() if set(columns) <= set(rows[0])), None)
@@ -140,7 +178,7 @@ def read_responses(source: str | Path) -> list[Response]:
         )
     columns = (*MEMBER_COLUMNS, *RESPONSES[kind])
     _check_columns(source, rows, columns)
-    return [kind(**{c: r[c] for c in columns}, topic=str(r.get("topic") or "")) for r in rows]
+    return _responses(kind, source, rows, columns)
 
 
 def split_by_topic(items: Sequence[Item], shares: Sequence[float], seed: int) -> list[list[Item]]:

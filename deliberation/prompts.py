@@ -149,10 +149,13 @@ def preference_suffix(statement: str) -> str:
 
 
 def clean_statement(completion: str) -> str:
-    """A sampled completion as a statement: cut at the first line break, strip repeated prompt text and quotes."""
+    """A sampled completion as a statement: cut at the first line break, strip repeated prompt text and quotes around it
+    (not those of a first and a last word)."""
     text = completion.strip().split("\n", 1)[0].strip()
     for lead in (CLOSING, "Consensus:"):
         text = text.removeprefix(lead).strip()
     if len(text) >= 2 and text[0] in "\"'“‘" and text[-1] in "\"'”’":
-        text = text[1:-1].strip()
+        marks = f"[{text[0]}{text[-1]}]"
+        if not re.search(f"(?<!\\w){marks}|{marks}(?!\\w)", text[1:-1]):  # between letters it is an apostrophe
+            text = text[1:-1].strip()
     return sanitize(text)

@@ -143,7 +143,7 @@ class Rating:
         for name in ("question", "opinion", "statement"):
             check_text(name, getattr(self, name))
         for name in ("agreement", "quality"):
-            if getattr(self, name) not in RATING_SCALE:
+            if isinstance(getattr(self, name), bool) or getattr(self, name) not in RATING_SCALE:
                 raise InputError(name, getattr(self, name), "must be an integer from 1 to 7")
 
 

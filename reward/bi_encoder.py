@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from deliberation.tokens import plain_ids
 from deliberation.types import InputError
@@ -67,12 +67,20 @@ class BiEncoder:
         Raises:
             InputError: field ``bi_encoder``, on a line longer than what the encoder reads.
         """
-        lines = [[line for line in text.split("\n") if line.strip()] or [text] for text in texts]
-        distinct = sorted({line for text in lines for line in text}, key=lambda line: (len(line), line))
+        lines = _lines(texts)
+        distinct = _distinct(lines)
         read = torch.cat([self._unit_vectors(part) for part in self._passes(distinct)])
         place = {line: k for k, line in enumerate(distinct)}
         means = torch.stack([read[[place[line] for line in text]].mean(0) for text in lines])
         return means * means.shape[1] ** 0.5
+
+    def check_lengths(self, texts: Sequence[str]) -> None:
+        """Refuse texts that ``vectors`` could not read.
+
+        Raises:
+            InputError: field ``bi_encoder``, on a line longer than what the encoder reads.
+        """
+        self._passes(_distinct(_lines(texts)))
 
     def _passes(self, texts: list[str]) -> list[list[list[int]]]:
         """Token ids of texts in order of length, cut into forward passes."""
@@ -115,10 +123,28 @@ class BiEncoder:
         )
 
 
+def _lines(texts: Sequence[str]) -> list[list[str]]:
+    """The lines of each text that say something; a blank text is its own."""
+    return [[line for line in text.split("\n") if line.strip()] or [text] for text in texts]
+
+
+def _distinct(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Every line once, in order of length."""
+    return sorted({line for text in lines for line in text}, key=lambda line: (len(line), line))
+
+
 def load_encoder(name: str, device: str | torch.device = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A pretrained encoder in float32, and its tokenizer; safetensors alone, no code trusted."""
     encoder = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
     return encoder.to(device).eval().requires_grad_(False), AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def without_weights(folder: Path) -> BiEncoder:
+    """What ``BiEncoder.load`` loads, without weights and networks: to check lengths."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        encoder = AutoModel.from_config(config, trust_remote_code=False)
+    return BiEncoder(encoder, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), nn.ModuleList())
 
 
 def make_networks(width: int, count: int) -> nn.ModuleList:

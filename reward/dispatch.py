@@ -22,7 +22,8 @@ ATTEMPTS = 12
 meets where an actor dies every few seconds, few enough for a call that ends its actors."""
 
 HANGS_AFTER = 1 / 6
-"""Share of a call's time limit after which an actor that keeps a batch is taken to hang."""
+"""Share of a call's time limit that an actor may compute one call before it is taken to hang. It has so much for each
+call of its first batch, but leaves so much of the limit for another actor to answer in."""
 
 IN_FLIGHT = 2
 """Batches an actor holds at once: it computes one while the next is already there."""
@@ -92,6 +93,9 @@ class _Call:
 @dataclass(eq=False)
 class _Batch:
     calls: list[_Call]
+    clock: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
+    """Runs once the batch is its actor's first."""
+    sent: bool = False
 
 
 @dataclass(eq=False)
@@ -115,7 +119,7 @@ class Dispatcher:
         actors: at least one, ready.
         max_batch: calls handed to an actor at once, >= 1.
         max_outstanding: calls admitted at once, waiting or with an actor, >= 1; further callers wait.
-        timeout: seconds a call may take from its admission; an actor that keeps a batch for
+        timeout: seconds a call may take from its admission; an actor that computes a call for
             ``HANGS_AFTER`` of it is restarted.
     """
 
@@ -192,29 +196,41 @@ class Dispatcher:
         # 2. Its share of what waits. What has failed goes alone: it may have ended its actor, and would again
         share = 1 if first.failures else min(self._max_batch, math.ceil(len(self._waiting) / len(up)))
         calls = [self._waiting.popleft()]
-        while len(calls) < share and self._waiting:
+        while len(calls) < share and self._waiting and not self._waiting[0].failures:
             calls.append(self._waiting.popleft())
         return min(free, key=lambda worker: worker.work), _Batch(calls)
 
     async def _run(self, worker: _Worker, batch: _Batch) -> None:
-        limit = self._timeout * HANGS_AFTER
         answers: Sequence[Scores | InputError | Failure]
         try:
-            async with asyncio.timeout(limit):
+            async with batch.clock:
+                batch.sent = True
+                self._start_clock(worker)
                 answers = await worker.actor.score([call.group for call in batch.calls])
         except (ActorLost, TimeoutError) as error:
             if batch in worker.batches:  # else the loss is known by the actor's other batch
                 if isinstance(error, TimeoutError):
                     worker.actor.restart()
-                self._lose(worker, str(error) or f"no answer within {limit:g} s, restarted")
+                self._lose(worker, str(error) or f"no answer within {self._limit(batch):g} s, restarted")
             return
         except Exception as error:  # such as arguments that cannot be sent; the callers get it
             answers = [Failure(f"{type(error).__name__}: {error}")] * len(batch.calls)
         if batch in worker.batches:
             worker.batches.remove(batch)
+            self._start_clock(worker)
             for call, answer in zip(batch.calls, answers, strict=True):
                 self._settle(call, answer, worker.actor.name)
             self._dispatch()
+
+    def _limit(self, batch: _Batch) -> float:
+        """Seconds an actor may compute a batch."""
+        return self._timeout * min(HANGS_AFTER * len(batch.calls), 1 - HANGS_AFTER)
+
+    def _start_clock(self, worker: _Worker) -> None:
+        """Start the clock of the batch that the actor computes, unless it runs; one not sent yet starts its own."""
+        clock = worker.batches[0].clock if worker.batches else None
+        if clock is not None and worker.batches[0].sent and clock.when() is None:
+            clock.reschedule(asyncio.get_running_loop().time() + self._limit(worker.batches[0]))
 
     def _settle(self, call: _Call, answer: Scores | InputError | Failure, actor: str) -> None:
         if call.answer.done():  # its caller has given up
@@ -238,6 +254,9 @@ class Dispatcher:
         self._metrics.actor_lost()
         (computed, *queued), worker.batches, worker.up = worker.batches, [], False
         self._waiting.extendleft(call for batch in queued for call in batch.calls if not call.answer.done())
+        for batch in queued:
+            if batch.sent:  # nobody waits for its answer any more
+                batch.clock.reschedule(0)
         for call in computed.calls:
             self._settle(call, Failure(reason), worker.actor.name)
         self._start(self._revive(worker))

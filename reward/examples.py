@@ -85,12 +85,21 @@ def members_of(
     ]
 
 
-def _member(
-    model: PreferenceModel, responses: Sequence[Response], margin: int, deliberation: int, weights: list[float]
-) -> Member:
+def check_one_opinion(responses: Sequence[Response]) -> None:
+    """Refuse responses under one deliberation and member number that are of several people.
+
+    Raises:
+        InputError: field ``opinion``.
+    """
     if len({(r.question, r.opinion) for r in responses}) > 1:
         where = f"deliberation {responses[0].deliberation_id!r}, member {responses[0].member}"
         raise InputError("opinion", where, "has two opinions (or questions); give each a number of its own")
+
+
+def _member(
+    model: PreferenceModel, responses: Sequence[Response], margin: int, deliberation: int, weights: list[float]
+) -> Member:
+    check_one_opinion(responses)
     # 1. Each statement once
     texts = [text for r in responses for text in ((r.chosen, r.rejected) if isinstance(r, Choice) else (r.statement,))]
     place = {text: k for k, text in enumerate(dict.fromkeys(texts))}

@@ -47,16 +47,20 @@ def fit_bi_encoder(
     start: Calibration,
     config: PreferenceConfig,
     progress: bool = True,
+    held_out: Sequence[Response] = (),
 ) -> BiEncoder:
     """Fit to what the cross-encoder is fitted to, see ``reward.train.fit``; scores are in logits, see ``weigh_alike``.
+
+    Pairs between members (``between_weight``) are left to the cross-encoder.
 
     Args:
         name: the sentence encoder, a folder or a hub name.
         start: the fixed scale that the cross-encoder's scores move on.
         config: of the fit; every head of the ensemble is a network here.
+        held_out: responses it will be asked to score, whose texts are checked before anything is fitted.
 
     Raises:
-        InputError: field ``bi_encoder``, on a line longer than what the encoder reads.
+        InputError: field ``bi_encoder``, on a line longer than what the encoder reads, of ``held_out`` too.
     """
     logits = Calibration(start.cut_points, 1.0, start.values)  # the networks' own scale
     # 1. Every text once
@@ -64,6 +68,7 @@ def fit_bi_encoder(
     members = members_of(numbered, responses, config.margin, config.heads, config.seed)  # type: ignore[arg-type]
     with torch.random.fork_rng():
         model = BiEncoder(*load_encoder(name, config.device), make_networks(1, 0))
+        model.check_lengths([text for row in texts_of(held_out) for text in (row.opinion, row.statement)])
         vectors = model.vectors(list(numbered.numbers)).cpu().clone()  # out of inference mode
         # 2. The networks, by AdamW with a linear decay
         torch.manual_seed(config.seed)

@@ -55,6 +55,9 @@ def calibrated(
         values: the scale of the responses, see ``Calibration``.
         leveled: whether the fit had ratings, votes or soft votes, so that its own scale tells a level.
         trained_topics, min_kappa: for the measures.
+
+    Raises:
+        InputError: field ``learning_rate``, if the scores are no numbers.
     """
     rated = [r for r in held_out if isinstance(r, Rating) or (isinstance(r, Vote) and r.vote)]
     compared = [r for r in held_out if isinstance(r, Choice | Rank)]
@@ -67,6 +70,7 @@ def calibrated(
         model.metadata = {**model.metadata, "eval_ratings": len(held_out), "measures": on_pairs}
         return model
     found = score_responses(model, rated)
+    _finite(found.raw)
     answers = np.array([answer_of(r) for r in rated])
     model.calibration = Calibration.fit(found.raw, answers, values)
     place = {(r.deliberation_id, r.member, r.statement): k for k, r in enumerate(rated)}
@@ -121,7 +125,18 @@ def _values_of(name: str, model: PreferenceModel, rows: Sequence[Answered]) -> N
         return np.array([len(row.statement) for row in rows], dtype=np.float64)
     if name == "overlap":
         return np.array([word_overlap(row.opinion, row.statement) for row in rows])
-    return score_ratings(model, rows).astype(np.float64)
+    return _finite(score_ratings(model, rows)).astype(np.float64)
+
+
+def _finite(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The scores, if they are numbers.
+
+    Raises:
+        InputError: field ``learning_rate``.
+    """
+    if not np.isfinite(scores).all():
+        raise InputError("learning_rate", "scores that are no numbers", "training diverged; lower it")
+    return scores
 
 
 def _told_apart(responses: Sequence[Choice | Rank]) -> list[tuple[str, str]]:

@@ -35,6 +35,7 @@ from reward import bi_encoder
 from reward.bi_encoder import BiEncoder
 from reward.calibration import Calibration
 from reward.heads import head_of, is_encoder, read_heads, room_of, write_heads
+from reward.probe import check_reading
 from reward.uncertainty import Uncertainty
 
 CALIBRATION_FILE = "calibration.json"
@@ -78,11 +79,17 @@ class PreferenceModel:
 
     @property
     def version(self) -> str:
-        """Print of the weights that make a score."""
+        """Print of the weights and numbers that make a score, a utility and its standard deviation."""
         beside = self.bi_encoder
-        return fingerprint(
-            self.model if beside is None else nn.ModuleList([self.model, beside.encoder, beside.networks])
-        )
+        parts = {"model": self.model, "ensemble": self.ensemble}
+        parts |= {} if beside is None else {"encoder": beside.encoder, "networks": beside.networks}
+        print_of = {
+            "weights": fingerprint(nn.ModuleDict({name: part for name, part in parts.items() if part is not None})),
+            "calibration": self.calibration.to_dict(),
+            "shares_prefixes": self.shares_prefixes,
+            "uncertainty": None if self.uncertainty is None or self.ensemble is None else asdict(self.uncertainty),
+        }
+        return _short_print(hashlib.sha256(json.dumps(print_of, sort_keys=True).encode()))
 
     @property
     def shares_prefixes(self) -> bool:
@@ -115,7 +122,7 @@ class PreferenceModel:
         """Load a folder that ``save`` wrote: float32 on CPU, the saved precision elsewhere. No code is trusted.
 
         Raises:
-            InputError: field ``preference_model``; see ``check_folder``.
+            InputError: field ``preference_model``; see ``check_folder`` and ``check_reading``.
         """
         calibration, metadata = check_folder(path)
         folder = Path(path)
@@ -128,7 +135,8 @@ class PreferenceModel:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         loaded = cls(model.to(device).eval(), tokenizer, calibration, metadata)
         document = json.loads((folder / CALIBRATION_FILE).read_text())
-        loaded.attention = document.get("attention", PAIR)
+        loaded.attention = attention_of(folder)
+        check_reading(loaded.model, loaded.shares_prefixes, loaded.reads_types, "preference_model")
         if (folder / ENSEMBLE_FILE).is_file():
             loaded.ensemble = read_heads(folder / ENSEMBLE_FILE, head_of(model))
             uncertainty = document.get("uncertainty")
@@ -146,7 +154,8 @@ class PreferenceModel:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         if self.model.config.pad_token_id is None:  # TRL and vLLM refuse to batch without it
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+            pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+            self.model.config.pad_token_id = end if pad is None else pad
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
             folder = Path(temporary) / "model"
             self.model.save_pretrained(folder)
@@ -199,6 +208,29 @@ def check_folder(path: str | os.PathLike[str]) -> tuple[Calibration, dict[str, A
     return Calibration.from_dict(document), document.get("metadata", {})
 
 
+def without_weights(path: str | os.PathLike[str]) -> PreferenceModel:
+    """What ``PreferenceModel.load`` loads, without weights: to count tokens, not to score.
+
+    Raises:
+        InputError: field ``preference_model``; see ``check_folder``.
+    """
+    calibration, metadata = check_folder(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    found = PreferenceModel(model, tokenizer, calibration, metadata, attention=attention_of(path))
+    if (Path(path) / bi_encoder.FOLDER).is_dir():
+        found.bi_encoder = bi_encoder.without_weights(Path(path) / bi_encoder.FOLDER)
+    return found
+
+
+def attention_of(path: str | os.PathLike[str]) -> str:
+    """What an encoder was fitted with, ``PAIR`` or ``PREFIX``; ``PAIR`` for what is no preference model's folder."""
+    file = Path(path) / CALIBRATION_FILE
+    return json.loads(file.read_text()).get("attention", PAIR) if file.is_file() else PAIR
+
+
 def check_ensemble(path: str | os.PathLike[str]) -> None:
     """Refuse a folder whose model cannot say how sure it is of a utility.
 
@@ -217,4 +249,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return _short_print(digest)
+
+
+def _short_print(digest: Any) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
 
 from deliberation.types import InputError
 from reward.preference import PAIR, PREFIX
+from reward.raters import MIN_ITEMS
 
 
 @dataclass
@@ -35,16 +36,26 @@ class PreferenceConfig(TrainingArguments):
         default=0.5, metadata={"help": "Weight of the ordinal term beside the pairwise term. 0: pairs alone."}
     )
     between_weight: float = field(
-        default=0.0, metadata={"help": "Weight of pairs of members told apart by one statement. 0: none."}
+        default=0.0,
+        metadata={
+            "help": "Weight of pairs of members told apart by one statement. 0: none. Not read by the bi-encoder's fit."
+        },
     )
     heads: int = field(default=4, metadata={"help": "Heads of the ensemble on the shared backbone. 1: no ensemble."})
     min_kappa: float = field(
         default=0.6,
-        metadata={"help": "Members who rated twice are kept from this weighted kappa on; -1 keeps everybody."},
+        metadata={
+            "help": f"Members who rated {MIN_ITEMS} statements or more twice are kept from this weighted kappa on "
+            "(others always); -1 keeps everybody."
+        },
     )
     freeze_embeddings: bool = field(default=False, metadata={"help": "Keep the input embeddings as they are."})
-    attention: str = field(
-        default=PAIR, metadata={"help": "Of an encoder: 'pair', or 'prefix', where a member's prefix is shared."}
+    attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of an encoder: 'pair', or 'prefix', where a member's prefix is shared. "
+            "Default: as the model it starts from was fitted, else 'pair'."
+        },
     )
     bi_encoder: str | None = field(
         default=None,
@@ -73,10 +84,15 @@ class PreferenceConfig(TrainingArguments):
         for name in ("ordinal_weight", "between_weight"):
             if not getattr(self, name) >= 0:
                 raise InputError(name, getattr(self, name), "must be 0 or more")
-        if self.attention not in (PAIR, PREFIX):
+        if self.attention not in (None, PAIR, PREFIX):
             raise InputError("attention", self.attention, f"must be {PAIR} or {PREFIX}")
         if self.heads < 1:
             raise InputError("heads", self.heads, "must be 1 or more")
+        if self.eval_strategy != "no":
+            mend = "must be no: the held-out answers are for calibration and measures, after training"
+            raise InputError("eval_strategy", IntervalStrategy(self.eval_strategy).value, mend)
+        if self.label_smoothing_factor:
+            raise InputError("label_smoothing_factor", self.label_smoothing_factor, "must be 0: our loss has none")
         if not -1 <= self.min_kappa <= 1:
             raise InputError("min_kappa", self.min_kappa, "must be from -1 (keep everybody) to 1")
         if not 0 < self.eval_share < 1:

@@ -3,8 +3,8 @@
 ``prefix_states`` keeps keys and values, ``suffix_features`` continues from them; both serve training (with gradient)
 and scoring (without). ``shared_states`` also runs the beginning that all prefixes share, the question, once.
 
-Exact for causal models with full attention (recurrent, convolutional and sliding-window ones are refused), and for
-BERT fitted with *prefix attention*: the prefix does not see the statement, the statement and [CLS] see everything.
+Exact for causal models with full attention (``reward.probe`` refuses others where their use begins), and for BERT
+fitted with *prefix attention*: the prefix does not see the statement, the statement and [CLS] see everything.
 ``prefix_attention`` is the mask with which the plain model gives the same.
 """
 
@@ -133,17 +133,20 @@ def _common_beginning(prefixes: Sequence[Sequence[int]]) -> int:
     return next((k for k in range(limit) if first[k] != last[k]), limit)
 
 
-def suffix_features(model: nn.Module, prefixes: Prefixes, ids: Tensor, lengths: Tensor, owners: Tensor) -> Tensor:
+def suffix_features(
+    model: nn.Module, prefixes: Prefixes, ids: Tensor, lengths: Tensor, owners: Tensor, *, reads_types: bool
+) -> Tensor:
     """What the head reads of each row, [rows, hidden]: the state at the last real token of each suffix.
 
     Args:
         ids: suffixes [rows, width], right-padded; what stands in the padding is never read.
         lengths: real tokens of each suffix, [rows], >= 1.
         owners: the row's member as an index into ``prefixes``, [rows].
+        reads_types: whether an encoder tells prefix and suffix apart by token types; means nothing in causal models.
     """
     layers = [_SharedPrefixLayer(keys, values, owners, keep=False) for keys, values in prefixes.layers]
     if prefixes.opening is not None:
-        return _read_opening(model, prefixes, layers, ids, lengths, owners)
+        return _read_opening(model, prefixes, layers, ids, lengths, owners, reads_types)
     rows, width = ids.shape
     last = torch.arange(rows, device=ids.device) * width + lengths - 1
     with last_feed_forward_at(sharing_backbone(model), last, ids.shape):
@@ -166,7 +169,13 @@ def _continue(
 
 
 def _read_opening(
-    model: nn.Module, prefixes: Prefixes, layers: Sequence[Any], ids: Tensor, lengths: Tensor, owners: Tensor
+    model: nn.Module,
+    prefixes: Prefixes,
+    layers: Sequence[Any],
+    ids: Tensor,
+    lengths: Tensor,
+    owners: Tensor,
+    reads_types: bool,
 ) -> Tensor:
     """What BERT's head reads, [rows, hidden]: the pooled [CLS], which stands before the prefix and sees all of it."""
     rows, width = ids.shape
@@ -175,11 +184,10 @@ def _read_opening(
     after = 1 + before[:, None] + torch.arange(width, device=ids.device)
     backbone = sharing_backbone(model)
     seen = torch.cat([mask(before, prefixes.width), mask(lengths + 1, width + 1)], dim=1).bool()
-    types = torch.ones(rows, width + 1, dtype=torch.long, device=ids.device)
-    types[:, 0] = 0
+    types = token_types([1] * rows, width + 1, ids.device)
     return backbone(
         input_ids=torch.cat([first, ids], dim=1),
-        token_type_ids=types,
+        **({"token_type_ids": types} if reads_types else {}),
         attention_mask=_encoder_mask(backbone, seen, width + 1),
         position_ids=torch.cat([torch.zeros_like(first), after], dim=1),
         cache=Cache(layers=list(layers)),
@@ -229,22 +237,23 @@ def mask(lengths: Tensor, width: int) -> Tensor:
     return (torch.arange(width, device=lengths.device) < lengths[:, None]).long()
 
 
+def token_types(prefix_lengths: Sequence[int], width: int, device: torch.device | str) -> Tensor:
+    """0 for the prefix, 1 for what follows: [rows, width]."""
+    return 1 - mask(torch.tensor(prefix_lengths, device=device), width)
+
+
 def sharing_backbone(model: nn.Module) -> Any:
     """The transformer below the head.
 
     Raises:
-        InputError: field ``preference_model``, if it has layers other than full attention, or is an encoder whose head
-            does not read a pooled [CLS].
+        InputError: field ``preference_model``, if its config names layers other than full attention.
     """
     inner = inner_model(model)
-    backbone = getattr(inner, inner.base_model_prefix, None)
-    if backbone is None:
-        raise _not_shareable(type(inner).__name__, "has no transformer below its head")
-    kinds = set(getattr(backbone.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
+    backbone = getattr(inner, inner.base_model_prefix)
+    named = getattr(backbone.config, "layer_types", None) or getattr(backbone.config, "attention_layers", None)
+    kinds = set(named or []) - {"full_attention", "global"}  # the latter is GPT-Neo's word
+    if kinds:
         raise _not_shareable(backbone.config.model_type, f"has layers of type {', '.join(sorted(kinds))}")
-    if is_encoder(model) and getattr(backbone, "pooler", None) is None:
-        raise InputError("preference_model", backbone.config.model_type, "has no pooler; use attention: pair")
     return backbone
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from numpy.typing import ArrayLike
 
 from deliberation.types import RATING_SCALE, InputError, Rating, Response
 from reward.examples import rows_of_members
+
+logger = logging.getLogger(__name__)
 
 MIN_ITEMS = 6
 """Doubled ratings from which a member's kappa says something; members with fewer are kept."""
@@ -42,14 +45,14 @@ def consistent_raters(
 ) -> tuple[list[Response], dict[str, Any]]:
     """The responses of members whose two ratings agree by a kappa of ``min_kappa`` or more, and what was left out.
 
-    Members with fewer than ``MIN_ITEMS`` doubled ratings are kept; one whose kappa is undefined (the same rating every
-    time) tells nothing and is not. Where nobody rated twice, everybody is kept.
+    Members with fewer than ``MIN_ITEMS`` doubled ratings are kept, which is logged; one whose kappa is undefined (the
+    same rating every time) tells nothing and is not. Where nobody rated twice, everybody is kept.
 
     Returns:
         Kept responses, and ``raters_doubled``, ``raters_dropped`` (numbers of members).
     """
     again = {(r.deliberation_id, r.member, r.statement): r.agreement for r in second}
-    dropped, doubled = set(), 0
+    dropped, doubled, unknown = set(), 0, 0
     for member, rows in rows_of_members(first).items():
         pairs = [
             (r.agreement, again[(*member, r.statement)])
@@ -57,11 +60,15 @@ def consistent_raters(
             if isinstance(r, Rating) and (*member, r.statement) in again
         ]
         if len(pairs) < MIN_ITEMS:
+            unknown += bool(pairs)
             continue
         doubled += 1
         kappa = weighted_kappa(*zip(*pairs, strict=True))
         if min_kappa > -1 and (kappa is None or kappa < min_kappa):
             dropped.add(member)
+    if unknown and min_kappa > -1:
+        few = "%d members rated fewer than %d statements twice: kept, as that tells too little of them for min_kappa"
+        logger.warning(few, unknown, MIN_ITEMS)
     kept = [r for r in first if (r.deliberation_id, r.member) not in dropped]
     return kept, {"raters_doubled": doubled, "raters_dropped": len(dropped)} if doubled else {}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -21,11 +22,15 @@ from deliberation.types import InputError
 from reward.heads import apply_head, encoder_features, head_of, is_encoder
 from reward.preference import PreferenceModel
 from reward.prefix_cache import PrefixCache
-from reward.prefixes import attention_mask, mask, pad, prefix_attention, shared_states, suffix_features
+from reward.prefixes import attention_mask, mask, pad, prefix_attention, shared_states, suffix_features, token_types
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
 """Tokens (rows x padded length, prefix included) in one forward pass: what was fastest (a CPU likes what fits its
 cache). Bounds the memory, not the result."""
+
+
+_LONGEST_WORD = 40
+"""Characters; what is longer is several words written without spaces."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def score(
 
     Raises:
         InputError: on an empty group, no or blank statements, an opinion (``opinions[i]``) or statement too long for
-            the model, or an architecture whose prefixes cannot be shared.
+            the model, or an architecture whose layers are not full attention (see ``reward.probe``).
     """
     _check_texts(opinions, statements)
     endings = [tuple(preference_model.suffix_ids(s)) for s in statements]
@@ -216,7 +221,9 @@ def _shared_runs(
         rows = sorted((row for i in members for row in rows_of[i]), key=lambda row: len(suffixes[row]))
         for batch in _batches(rows, [len(s) for s in suffixes], states.width, limit):
             batch_owners = torch.tensor([place[owners[row]] for row in batch], device=model.device)
-            yield batch, suffix_features(model, states, *pad([suffixes[r] for r in batch], model.device), batch_owners)
+            ids, lengths = pad([suffixes[row] for row in batch], model.device)
+            types = preference_model.reads_types
+            yield batch, suffix_features(model, states, ids, lengths, batch_owners, reads_types=types)
 
 
 def _pair_runs(
@@ -241,11 +248,6 @@ def encoder_inputs(
     ids, lengths = pad([[*prefix, *suffix] for prefix, suffix in pairs], device)
     types = token_types([len(prefix) for prefix, _ in pairs], ids.shape[1], device)
     return ids, mask(lengths, ids.shape[1]), types if preference_model.reads_types else None
-
-
-def token_types(prefix_lengths: Sequence[int], width: int, device: torch.device | str) -> Tensor:
-    """0 for the prefix, 1 for what follows: [rows, width]."""
-    return 1 - mask(torch.tensor(prefix_lengths, device=device), width)
 
 
 def _with_bi_encoder(
@@ -282,21 +284,31 @@ def _fitting_opinions(
             if not truncate:
                 mend = f"with the question; the model has room for {room} beside the longest statement: shorten it"
                 raise InputError(f"opinions[{i}]", f"{len(prefix)} tokens", mend)
-            words = opinion.split()
-            kept = _words_that_fit(preference_model, question, words, room)
-            opinion = " ".join(words[:kept])
+            whole = " ".join(opinion.split())
+            opinion = _beginning(preference_model, question, whole, room)
             prefix = preference_model.prefix_ids(question, opinion)
-            warnings.append(f"Opinion {i} was cut to its first {kept} of {len(words)} words.")
+            warnings.append(f"Opinion {i} was cut to its first {len(opinion)} of {len(whole)} characters.")
         read.append(opinion)
         prefixes.append(tuple(prefix))
     return read, prefixes, tuple(warnings)
 
 
-def _words_that_fit(preference_model: PreferenceModel, question: str, words: Sequence[str], room: int) -> int:
-    def tokens(count: int) -> int:
-        return len(preference_model.prefix_ids(question, " ".join(words[:count])))
+def _beginning(preference_model: PreferenceModel, question: str, opinion: str, room: int) -> str:
+    """The words of an opinion that fit into ``room`` tokens with the question, and the characters of the next one where
+    it is longer than a word can be."""
 
-    return bisect.bisect_right(range(1, len(words) + 1), room, key=tokens)
+    def most(beginnings: Sequence[str]) -> int:
+        return bisect.bisect_right(beginnings, room, key=lambda text: len(preference_model.prefix_ids(question, text)))
+
+    words = opinion.split(" ")
+    ends = [end - 1 for end in accumulate(len(word) + 1 for word in words)]
+    count = most([opinion[:end] for end in ends])
+    end = ends[count - 1] if count else 0
+    if count < len(words) and len(words[count]) > _LONGEST_WORD:  # Chinese, say, is written without spaces
+        start = ends[count] - len(words[count])
+        more = most([opinion[:k] for k in range(start + 1, ends[count] + 1)])
+        end = start + more if more else end
+    return opinion[:end]
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], extra: int, limit: int) -> Iterator[list[int]]:

@@ -27,6 +27,7 @@ from transformers import (
     Trainer,
     set_seed,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from deliberation.datasets import read_responses
 from deliberation.types import Choice, InputError, Rating, Response, SoftVote, Vote, is_hub_name
@@ -37,6 +38,7 @@ from reward.examples import (
     DeliberationSampler,
     LengthSampler,
     Member,
+    check_one_opinion,
     members_of,
     rows_of_members,
     scale_of,
@@ -48,9 +50,10 @@ from reward.held_out import calibrated, hold_out, texts_of
 from reward.measures import answer_of
 from reward.objective import preference_loss
 from reward.plots import save_reliability
-from reward.preference import WEIGHTS, PreferenceModel
+from reward.preference import PAIR, WEIGHTS, PreferenceModel, attention_of
 from reward.preference_config import PreferenceConfig
 from reward.prefixes import prefix_states, suffix_features
+from reward.probe import check_reading
 from reward.raters import consistent_raters, showings
 from reward.scoring import score_ratings
 
@@ -86,7 +89,7 @@ def fit(
 
     Raises:
         InputError: no ratings, no pair that differs by the margin, ratings beside votes, a deliberation in both sets,
-            or several processes.
+            several processes, a model that reads otherwise in a batch (see ``reward.probe``), or training diverged.
     """
     # 1. Data: one showing of each statement, of members who agree with themselves
     first, raters = consistent_raters(*showings(ratings), config.min_kappa)
@@ -97,11 +100,14 @@ def fit(
         _check_pretrained("bi_encoder", config.bi_encoder)
     # 2. Model, and the scale its scores are on
     set_seed(config.seed)
+    attention = config.attention or PAIR
     if model is None or tokenizer is None:
         model, tokenizer = _load_base(config.model_name_or_path)
+        attention = config.attention or attention_of(config.model_name_or_path)
     _no_dropout(model)
-    unfitted = PreferenceModel(model, tokenizer, Calibration.of_ratings(list(values), values))
-    unfitted.attention = config.attention
+    model.to(config.device)  # type: ignore[arg-type]  # already for the starting scale
+    unfitted = PreferenceModel(model, tokenizer, Calibration.of_ratings(list(values), values), attention=attention)
+    check_reading(model, unfitted.shares_prefixes, unfitted.reads_types, "model_name_or_path")
     _check_lengths(unfitted, [*first, *held_out])
     unfitted.calibration = _starting_scale(unfitted, _sample(first, config.seed), values)
     members = members_of(unfitted, first, config.margin, config.heads, config.seed)
@@ -111,7 +117,7 @@ def fit(
     # 3. The bi-encoder first: a text it cannot read must not cost an hour of training
     beside = None
     if config.bi_encoder is not None:
-        beside = fit_bi_encoder(config.bi_encoder, first, unfitted.calibration, config, progress)
+        beside = fit_bi_encoder(config.bi_encoder, first, unfitted.calibration, config, progress, held_out)
     # 4. Fit
     _spread_heads(model, config.heads)
     arguments = copy.copy(config)
@@ -123,10 +129,11 @@ def fit(
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     fitted: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # its autocast too
     fitted = fitted.merge_and_unload() if config.use_peft else fitted
+    _check_finite(fitted, config.learning_rate)
     # 5. Calibrate and measure on what they have not seen
     facts = {"base": config.model_name_or_path, "seed": config.seed, "margin": config.margin, "ratings": len(first)}
     result = PreferenceModel(fitted.eval(), tokenizer, unfitted.calibration, {**facts, **raters})
-    result.ensemble, result.attention = _gather_heads(fitted), config.attention
+    result.ensemble, result.attention = _gather_heads(fitted), attention
     if beside is not None:
         result.bi_encoder = beside
         weigh_alike(result, held_out)
@@ -173,6 +180,8 @@ def _check(
     both = {r.deliberation_id for r in ratings} & {r.deliberation_id for r in eval_ratings}
     if both:
         raise InputError("eval_ratings", min(both), "this deliberation is trained on too; hold out whole deliberations")
+    for group in rows_of_members(eval_ratings).values():  # of those trained on, ``members_of`` checks it
+        check_one_opinion([eval_ratings[row] for row in group])
     if any(isinstance(r, SoftVote) for r in eval_ratings):
         mend = "are a teacher's, not people's; give files of what people said as eval_ratings"
         raise InputError("eval_ratings", "soft votes", mend)
@@ -181,6 +190,16 @@ def _check(
         raise InputError("between_weight", config.between_weight, mend)
     if any(isinstance(r, Rating) for r in ratings) and not any(isinstance(r, Rating) for r in eval_ratings):
         raise InputError("eval_ratings", len(eval_ratings), "has no rating; hold some out to calibrate on")
+
+
+def _check_finite(model: nn.Module, learning_rate: float) -> None:
+    """Refuse weights that are no numbers, before they are calibrated or saved.
+
+    Raises:
+        InputError: field ``learning_rate``.
+    """
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):
+        raise InputError("learning_rate", learning_rate, "training diverged to weights that are no numbers; lower it")
 
 
 def _check_lengths(model: PreferenceModel, responses: Sequence[Response]) -> None:
@@ -210,7 +229,7 @@ def _sample(ratings: Sequence[Response], seed: int) -> list[Response]:
 
 
 def _check_pretrained(field: str, name: str) -> None:
-    """Refuse what is neither a folder with safetensors nor a hub name.
+    """Refuse what is neither a folder with safetensors nor a hub name, and what is an adapter.
 
     Raises:
         InputError: naming ``field``.
@@ -219,6 +238,8 @@ def _check_pretrained(field: str, name: str) -> None:
         raise InputError(field, name, "no such folder; give one, or a hub name owner/model")
     if Path(name).is_dir() and not any(Path(name).glob(WEIGHTS)):
         raise InputError(field, name, "has no safetensors weights; save it with safetensors")
+    if find_adapter_config_file(name) is not None:  # its weights would be frozen, and saved without their base
+        raise InputError(field, name, "is an adapter; start from a full model")
 
 
 def _load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -230,13 +251,17 @@ def _load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def _no_dropout(model: torch.nn.Module) -> None:
-    """Switch dropout off wherever a model keeps it, so that a score is the same in training and in use."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+def _no_dropout(model: PreTrainedModel) -> None:
+    """Switch dropout off wherever a model keeps it, so that a score is the same in training and in use.
+
+    Rates are in modules, among the numbers of layers (OPT, Bloom), or read from the config (Falcon).
+    """
+    for holder in (*model.modules(), model.config):
+        if isinstance(holder, torch.nn.Dropout):
+            holder.p = 0.0
+        for name, value in list(vars(holder).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(holder, name, 0.0)
 
 
 @contextmanager
@@ -258,8 +283,8 @@ def _spread_heads(model: PreTrainedModel, heads: int) -> None:
     head = head_of(model)
     several = nn.Linear(head.in_features, heads, bias=head.bias is not None)
     with torch.no_grad():
-        noise = torch.randn_like(several.weight)
-        several.weight.copy_(head.weight + _HEAD_NOISE * head.weight.pow(2).mean().sqrt() * noise)
+        noise = torch.randn_like(several.weight)  # made on the CPU, the same for every device
+        several.weight.copy_(head.weight.cpu() + _HEAD_NOISE * head.weight.cpu().pow(2).mean().sqrt() * noise)
         if head.bias is not None:
             several.bias.copy_(head.bias.expand(heads))
     set_head(model, several.to(head.weight.device))
@@ -327,6 +352,7 @@ class _PreferenceTrainer(Trainer):
         self, model: torch.nn.Module, args: PreferenceConfig, members: list[Member], unfitted: PreferenceModel
     ):
         self._members, self._start, self._pair = members, unfitted.calibration, not unfitted.shares_prefixes
+        self._reads_types = unfitted.reads_types
         margin = args.margin if self._start.values == RATINGS else 1
         rows_a_pass = _ROWS_A_PASS.get(args.device.type, _ROWS_A_PASS["cuda"])
         collator = Collator(unfitted, margin, rows_a_pass, args.between_weight)
@@ -351,7 +377,8 @@ class _PreferenceTrainer(Trainer):
                 features = [encoder_features(model, *one.values()) for one in inputs["passes"]]
             else:
                 prefixes = prefix_states(model, inputs["prefix_ids"], inputs["prefix_lengths"])
-                features = [suffix_features(model, prefixes, **one) for one in inputs["passes"]]
+                types = self._reads_types
+                features = [suffix_features(model, prefixes, **one, reads_types=types) for one in inputs["passes"]]
             scores = apply_head(head_of(model), torch.cat(features))
         loss, metrics = preference_loss(scores, inputs, self._start, self.args.ordinal_weight)
         members = len(inputs["prefix_ids"])

@@ -42,8 +42,9 @@ from trl import ModelConfig, get_peft_config
 from deliberation.datasets import read_table
 from deliberation.types import InputError
 from embedded import resolve
+from reward.bi_encoder import BiEncoder
 from reward.group_reward import LocalScorer, Scorer, make_group_reward
-from reward.preference import PreferenceModel, check_ensemble, check_folder
+from reward.preference import PreferenceModel, check_ensemble, check_folder, without_weights
 from reward.welfare import check_uncertainty_penalty, parse_welfare
 from rl.checkpoints import AUTO, PREEMPTED
 from rl.data import ppo_prompts
@@ -257,9 +258,44 @@ def _checked_prompts(
         if prompts and parse_welfare(config.welfare) == "worst_cluster" and "clusters" not in prompts[0]:
             raise InputError(f"{source}: clusters", None, "worst_cluster needs them: give one label a member")
     check_folder(_preference_path(config))
+    judge = without_weights(_preference_path(config))
+    for source, prompts in (("deliberations", train), ("eval_deliberations", held_out)):
+        _check_room(judge, prompts or [], config.max_completion_length, source)
     if config.uncertainty_penalty:
         check_ensemble(_preference_path(config))
     return train, held_out
+
+
+def _check_room(judge: PreferenceModel, prompts: Sequence[dict[str, Any]], longest: int, source: str) -> None:
+    """Refuse opinions beside which the preference model could not read a completion of ``longest`` tokens.
+
+    Its tokens are counted as the preference model's; a completion that takes more of them is not scored.
+
+    Raises:
+        InputError: naming ``source``, the row and the opinion.
+    """
+    room = judge.room - longest - len(judge.suffix_ids(""))
+    for i, row in enumerate(prompts):
+        for k, opinion in enumerate(row["opinions"]):
+            tokens = len(judge.prefix_ids(row["question"], opinion))
+            if tokens > room:
+                mend = f"with the question; the preference model reads {judge.room} in all: shorten it, or lower "
+                mend += f"max_completion_length ({longest})"
+                raise InputError(f"{source} row {i}: opinions[{k}]", f"{tokens} tokens", mend)
+            if judge.bi_encoder is not None:
+                _check_lines(judge.bi_encoder, opinion, f"{source} row {i}: opinions[{k}]")
+
+
+def _check_lines(beside: BiEncoder, opinion: str, field: str) -> None:
+    """Refuse an opinion that the bi-encoder could not read.
+
+    Raises:
+        InputError: field ``field``.
+    """
+    try:
+        beside.check_lengths([opinion])
+    except InputError as error:
+        raise InputError(field, error.value, error.mend) from error
 
 
 def _table(key: str, path: str | None) -> list[dict[str, Any]]:

@@ -81,6 +81,13 @@ def test_one_line_is_idempotent_and_has_no_line_breaks(text):
         ("\n\n", ""),
         (f"{CLOSING} We agree.", "We agree."),
         ("Consensus: We  agree. ", "We agree."),
+        ("“We agree.”", "We agree."),
+        ("'We don't agree.'", "We don't agree."),
+        ("‘We don’t agree.’", "We don’t agree."),
+        ("\"We 'lean' so.\"", "We 'lean' so."),
+        ('"Peace" is what we mean by "order"', '"Peace" is what we mean by "order"'),
+        ("'We agree' is too strong, say 'we lean'", "'We agree' is too strong, say 'we lean'"),
+        ("“Peace” is “order”", "“Peace” is “order”"),
     ],
 )
 def test_completions_are_cleaned(completion, statement):
@@ -98,6 +105,8 @@ def test_completions_are_cleaned(completion, statement):
         (lambda: Deliberation("d", "Q?", (3,)), "opinions[0]"),
         (lambda: Rating("d", 0, "Q?", "o", "s", 8, 1), "agreement"),
         (lambda: Rating("d", 0, "Q?", "o", "s", 1, 0), "quality"),
+        (lambda: Rating("d", 0, "Q?", "o", "s", True, 1), "agreement"),
+        (lambda: Rating("d", 0, "Q?", "o", "s", [5], 1), "agreement"),
         (lambda: Vote("d", 0, "Q?", "o", "s", 2), "vote"),
         (lambda: Vote("d", 0, "Q?", "o", "s", True), "vote"),
         (lambda: Rank("d", 0, "Q?", "o", "s", -1), "rank"),
@@ -276,6 +285,30 @@ def test_responses_of_every_kind_are_read_by_their_columns(tmp_path, told, respo
         read_responses(write_jsonl(tmp_path / "torn.jsonl", [row, torn]))
     with pytest.raises(InputError, match="give the columns of one"):
         read_responses(write_jsonl(tmp_path / "none.jsonl", [torn]))
+
+
+@pytest.mark.parametrize(
+    "change, field", [({"agreement": 9}, "agreement"), ({"opinion": " "}, "opinion"), ({"member": [0]}, "member")]
+)
+def test_a_bad_response_is_named_with_its_file_and_row(tmp_path, change, field):
+    row = dict(deliberation_id="d", member=0, question="Q?", opinion="o", statement="s", agreement=5, quality=4)
+    path = write_jsonl(tmp_path / "r.jsonl", [row, row, row | change])
+    for read in (read_responses, read_ratings):
+        with pytest.raises(InputError) as error:
+            read(path)
+        assert (error.value.field, error.value.value) == (f"r.jsonl, row 3: {field}", change[field])
+
+
+def test_a_bad_deliberation_is_named_with_its_file_and_row(tmp_path):
+    rows = [{"question": "Q?", "opinions": ["a"]}, {"question": "R?", "opinions": ["b", ""]}]
+    with pytest.raises(InputError) as error:
+        read_deliberations(write_jsonl(tmp_path / "d.jsonl", rows))
+    assert error.value.field == "d.jsonl, row 2: opinions[1]"
+
+
+def test_a_deliberation_whose_id_is_null_has_its_number(tmp_path):
+    rows = [{"question": "Q?", "opinions": ["a"], "id": None}, {"question": "R?", "opinions": ["b"], "id": None}]
+    assert [d.id for d in read_deliberations(write_jsonl(tmp_path / "d.jsonl", rows))] == ["0", "1"]
 
 
 def test_deliberations_are_read(tmp_path):

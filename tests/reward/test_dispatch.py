@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deliberation.types import InputError
-from reward.dispatch import ATTEMPTS, ActorLost, Dispatcher, Failure, PoolError
+from reward.dispatch import ATTEMPTS, ActorLost, Dispatcher, Failure, PoolError, _Call
 from reward.scoring import Scores
 
 
@@ -196,6 +196,53 @@ async def test_an_actor_that_hangs_is_restarted_and_its_call_repeated():
     a.gate.clear()
     assert (await make(a, b, timeout=0.6).score(group())).raw.shape == (1, 1)
     assert a.restarts == 1 and b.batches == [["q"]]
+
+
+class SlowActor(FakeActor):
+    """Takes its time for every call, one batch after the other."""
+
+    def __init__(self, name, seconds):
+        super().__init__(name)
+        self.seconds, self.turn = seconds, asyncio.Lock()
+
+    async def score(self, groups):
+        async with self.turn:
+            await asyncio.sleep(self.seconds * len(groups))
+        return await super().score(groups)
+
+
+@pytest.mark.parametrize("max_batch", [1, 4])
+async def test_neither_the_batch_ahead_nor_the_calls_beside_count_as_hanging(max_batch):
+    a = SlowActor("a", 0.3)
+    calls = submit(make(a, timeout=3.0, max_batch=max_batch), *(group(str(k)) for k in range(6)))
+    assert all(isinstance(scores, Scores) for scores in await asyncio.gather(*calls))
+    assert a.restarts == 0
+
+
+async def test_an_actor_that_hangs_on_a_later_or_a_large_batch_is_restarted_before_its_calls_are_given_up():
+    a = FakeActor("a")
+    dispatcher = make(a, timeout=0.6, max_batch=8)
+    calls = submit(dispatcher, *(group(str(k)) for k in range(10)))
+    a.gate.clear()
+    await asyncio.sleep(0)
+    assert all(isinstance(scores, Scores) for scores in await asyncio.gather(*calls))
+    assert a.restarts == 1
+    await settle()
+    assert not dispatcher._tasks  # nothing waits for the batch that lay behind
+    slow = SlowActor("slow", 0.02)
+    calls = submit(make(slow, timeout=1.2), *(group(str(k)) for k in range(2)))
+    await asyncio.sleep(0.03)
+    slow.gate.clear()  # the second batch, whose clock starts when the first is answered
+    assert all(isinstance(scores, Scores) for scores in await asyncio.gather(*calls))
+    assert slow.restarts == 1
+
+
+async def test_a_call_that_failed_before_goes_alone_also_behind_others():
+    loop, other = asyncio.get_running_loop(), make(FakeActor("a"))
+    failed = _Call(group("poison"), loop.create_future(), [("b", "killed")])
+    other._waiting.extend([_Call(group("ok"), loop.create_future()), failed])
+    assert [call.group[0] for call in other._next_batch()[1].calls] == ["ok"]
+    assert [call.group[0] for call in other._next_batch()[1].calls] == ["poison"]
 
 
 async def test_a_call_ends_although_no_actor_comes_back():

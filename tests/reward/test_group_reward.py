@@ -71,6 +71,23 @@ def test_rows_of_one_group_share_a_call_and_keep_their_order():
     assert len(set(np.round(rewards, 6))) == 4
 
 
+def test_a_completion_longer_than_the_model_reads_is_not_scored_and_leaves_the_others_as_they_were(caplog):
+    model = PreferenceModel(tiny.make_judge(TOKENIZER), TOKENIZER, MODEL.calibration)
+    model.model.config.max_position_embeddings = 150
+    reward, logged = make_group_reward(LocalScorer(model), "nash"), {}
+    completions = ["Free for all.", "word " * 18, "x" * 400, "Not free.", "x" * 300]
+    opinions = [["Yes."], ["Yes.", "An opinion of some length."], ["Yes."], ["Yes."], ["No."]]
+    rewards = run(reward, completions, [BUSES] * 5, opinions, log_metric=logged.__setitem__)
+    assert [r is None for r in rewards] == [False, True, True, False, True]
+    assert logged["rewards/too_long"] == 0.6 and "3 of 5" in caplog.text
+    short = run(reward, ["Free for all.", "Not free."], [BUSES] * 2, [["Yes."]] * 2)
+    np.testing.assert_allclose([rewards[0], rewards[3]], short, atol=1e-5)
+    assert run(reward, completions[2:3], [BUSES], [["Yes."]], log_metric=logged.__setitem__) == [None]
+    with pytest.raises(InputError) as error:  # an opinion that leaves no room for any statement is another fault
+        run(reward, completions[:1], [BUSES], [["Yes.", "word " * 50]])
+    assert error.value.field == "opinions[1]"
+
+
 def test_completions_are_cleaned_and_messages_are_read():
     reward = make_group_reward(LocalScorer(MODEL), "nash")
     clean, raw, messages = run(
@@ -154,6 +171,7 @@ def test_other_columns_are_ignored_and_metrics_logged():
         "rewards/member_1/mean": (u[0][1] + u[1][1]) / 2,
         "rewards/member_2/mean": u[0][2],
         "rewards/worst_member/mean": (u[0].min() + u[1].min()) / 2,
+        "rewards/too_long": 0.0,
     }
     assert logged == pytest.approx(expected, rel=1e-5)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from deliberation.types import InputError
 from reward.calibration import (
@@ -18,7 +19,8 @@ from reward.calibration import (
     Calibration,
     ordinal_log_likelihood,
 )
-from reward.preference import PreferenceModel
+from reward.preference import PreferenceModel, without_weights
+from reward.uncertainty import Uncertainty
 
 import tiny
 
@@ -188,6 +190,38 @@ def test_save_then_load_gives_the_same_model(preference_model, tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["model"]  # no temporary folder left
 
 
+def test_the_version_tells_apart_whatever_scores_or_calls_apart(preference_model, tmp_path):
+    model = replace(preference_model, ensemble=torch.nn.Linear(32, 2), uncertainty=Uncertainty(0.3, 0.1 + 0.2, 1 / 3))
+    other = Calibration((-3.0, -1.5, -0.5, 0.5, 1.0, 2.6), slope=1.7)
+    tokenizer = tiny.make_encoder_tokenizer()
+    pair = PreferenceModel(tiny.make_encoder(tokenizer), tokenizer, CALIBRATION)
+    made = [
+        model,
+        replace(model, calibration=other),
+        replace(model, uncertainty=Uncertainty()),
+        replace(model, uncertainty=None),
+        replace(model, ensemble=torch.nn.Linear(32, 2)),
+        replace(model, ensemble=None),
+        pair,
+        replace(pair, attention="prefix"),
+    ]
+    assert len({one.version for one in made}) == len(made)
+    assert replace(model, metadata={"seed": 4}).version == model.version
+    for k, one in enumerate(made):
+        one.save(tmp_path / str(k))
+        assert PreferenceModel.load(tmp_path / str(k)).version == one.version
+
+
+def test_a_model_whose_tokenizer_cannot_pad_is_saved_with_the_end_of_text_as_padding(tiny_tokenizer, tmp_path):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="</s>")
+    model = tiny.make_judge(tiny_tokenizer)
+    model.config.pad_token_id = None
+    PreferenceModel(model, tokenizer, CALIBRATION).save(tmp_path / "m")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    assert plain.config.pad_token_id == tokenizer.eos_token_id
+    assert plain(torch.tensor([[5, 6, 7], [5, 6, 2]])).logits.shape == (2, 1)
+
+
 def test_transformers_loads_it_without_our_code(preference_model, tmp_path):
     preference_model.save(tmp_path / "m")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
@@ -210,6 +244,18 @@ def test_saving_over_a_model_replaces_it_and_keeps_other_files(preference_model,
     assert PreferenceModel.load(tmp_path / "m").metadata == {"seed": 4}
     assert (tmp_path / "m" / "log.jsonl").read_text() == "kept"
     assert not (tmp_path / "m" / "model-00001-of-00002.safetensors").exists()
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "roberta"])
+def test_without_weights_tokens_are_counted_as_with_them(arch, tmp_path, tiny_tokenizer):
+    tokenizer = tiny_tokenizer if arch == "llama" else tiny.make_encoder_tokenizer(arch)
+    model = tiny.make_judge(tokenizer) if arch == "llama" else tiny.make_encoder(tokenizer, arch)
+    PreferenceModel(model, tokenizer, CALIBRATION).save(tmp_path / "m")
+    state, whole = torch.random.get_rng_state(), PreferenceModel.load(tmp_path / "m")
+    counting = without_weights(tmp_path / "m")
+    assert torch.equal(torch.random.get_rng_state(), state) and counting.model.device.type == "meta"
+    assert (counting.room, counting.prefix_ids("Q?", "o")) == (whole.room, whole.prefix_ids("Q?", "o"))
+    assert counting.suffix_ids("yes") == whole.suffix_ids("yes")
 
 
 def test_a_save_that_fails_leaves_nothing(preference_model, tmp_path):

@@ -32,7 +32,7 @@ def test_showings_are_told_apart_and_a_third_is_refused():
         showings(ratings(0, (1,)) * 3)
 
 
-def test_inconsistent_members_are_dropped_and_short_ones_are_not():
+def test_inconsistent_members_are_dropped_and_short_ones_are_not(caplog):
     first = [*ratings(0, ONCE), *ratings(1, ONCE), *ratings(2, ONCE[: MIN_ITEMS - 1]), *ratings(3, (4,) * 6)]
     second = [
         *ratings(0, (2, 3, 5, 6, 6, 2)), *ratings(1, (7, 1, 2, 3, 1, 6)), *ratings(2, (7, 7, 7, 1, 1)),
@@ -41,5 +41,6 @@ def test_inconsistent_members_are_dropped_and_short_ones_are_not():
     kept, facts = consistent_raters(first, second, 0.6)
     assert {r.member for r in kept} == {0, 2}
     assert facts == {"raters_doubled": 3, "raters_dropped": 2}
+    assert "1 members rated fewer than 6 statements twice" in caplog.text
     assert consistent_raters(first, second, -1)[1]["raters_dropped"] == 0
     assert consistent_raters(first, [], 0.6) == (first, {})

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import TrlParser
 
 from deliberation.prompts import preference_prefix, preference_suffix
@@ -17,6 +17,7 @@ from reward import train
 from reward.calibration import RATINGS, VOTES, Calibration, ordinal_log_likelihood
 from reward.examples import Collator, DeliberationSampler, Member, members_of, pairs_of
 from reward.heads import apply_head, head_of
+from reward.held_out import calibrated
 from reward.objective import preference_loss
 from reward.preference import PreferenceModel
 from reward.prefixes import pad, prefix_states, suffix_features
@@ -53,7 +54,7 @@ def loss_of(scores, batch, slope, ordinal_weight):
 
 
 def suffix_scores(model, prefixes, ids, lengths, owners):
-    return apply_head(head_of(model), suffix_features(model, prefixes, ids, lengths, owners))[:, 0]
+    return apply_head(head_of(model), suffix_features(model, prefixes, ids, lengths, owners, reads_types=False))[:, 0]
 
 
 def config(tmp_path, **changes):
@@ -276,6 +277,58 @@ def test_dropout_is_off_in_training(tmp_path):
     assert torch.equal(once, twice) and model.extra.p == 0
 
 
+DROPOUT = dict(vocab_size=260, hidden_size=32, num_attention_heads=4, num_labels=1, pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("opt", dict(ffn_dim=64, word_embed_proj_dim=32, num_hidden_layers=1, dropout=0.3, attention_dropout=0.3)),
+        ("bloom", dict(n_layer=1, hidden_dropout=0.3, attention_dropout=0.3)),
+        ("falcon", dict(num_hidden_layers=1, hidden_dropout=0.3, attention_dropout=0.3)),
+    ],
+)
+def test_dropout_that_layers_keep_as_numbers_is_off_too(name, keys):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(name, **DROPOUT, **keys))
+    train._no_dropout(model)
+    model.train()
+    ids = torch.arange(3, 30)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_the_starting_scale_is_measured_where_the_model_is_trained(tmp_path, monkeypatch):
+    model, moved = tiny.make_judge(TOKENIZER), []
+    monkeypatch.setattr(model, "to", lambda place, *_, **__: moved.append(torch.device(place)) or model)
+    arguments = config(tmp_path, max_steps=1)
+
+    def measure(*_):
+        assert moved == [arguments.device]
+        return START
+
+    monkeypatch.setattr(train, "_starting_scale", measure)
+    fit(arguments, world(4), world(2, first=50), model, TOKENIZER, progress=False)
+
+
+@pytest.mark.parametrize("kind", [Rating, Choice])
+def test_a_fit_that_diverged_is_refused(tmp_path, kind):
+    rows = {Rating: (world(6), world(2, first=50)), Choice: (told(Choice, 6), told(Choice, 2, 50))}[kind]
+    arguments = config(tmp_path, learning_rate=1e30, max_grad_norm=0.0, max_steps=3)
+    with pytest.raises(InputError, match="lower it") as error:
+        fit(arguments, *rows, tiny.make_judge(TOKENIZER), TOKENIZER, progress=False)
+    assert error.value.field == "learning_rate"
+
+
+def test_held_out_scores_that_are_no_numbers_are_refused():
+    model = PreferenceModel(tiny.make_judge(TOKENIZER), TOKENIZER, Calibration((0.0,), 1.0, VOTES))
+    with torch.no_grad():
+        model.model.score.weight.fill_(torch.inf)
+    for rows in (told(Vote, 2), told(Choice, 2)):
+        with pytest.raises(InputError, match="lower it") as error:
+            calibrated(model, rows, [], VOTES, True, set(), 0.6)
+        assert error.value.field == "learning_rate"
+
+
 # --- every kind of response, encoders, and the ensemble
 
 
@@ -445,6 +498,9 @@ def test_an_encoder_is_fitted_with_prefix_attention_and_keeps_it(tmp_path):
     assert loaded.attention == "prefix"
     texts = "Q?", ["strict", "generous"], ["blue hat", "pink sea"]
     np.testing.assert_allclose(score(loaded, *texts).raw, score_one_by_one(result, *texts).raw, atol=1e-5)
+    for asked, kept in ((None, "prefix"), ("pair", "pair")):  # a fit that starts from it keeps it unless told otherwise
+        arguments = config(tmp_path, model_name_or_path=str(tmp_path / "m"), max_steps=1, attention=asked)
+        assert fit(arguments, world(4), world(2, first=50), progress=False).attention == kept
 
 
 def test_the_saved_head_is_the_mean_of_the_ensemble_and_members_lie_beside_it(fitted, tmp_path):
@@ -612,6 +668,9 @@ def test_a_member_with_two_opinions_is_refused():
     rows = world(3)
     error = refused([*rows, replace(rows[0], opinion="another", statement="new")], world(2, first=50))
     assert error.field == "opinion"
+    held_out = world(2, first=50)
+    error = refused(rows, [*held_out, replace(held_out[0], opinion="another", statement="new")])
+    assert error.field == "opinion" and "'d50', member 0" in error.value
 
 
 def test_a_filter_that_leaves_nobody_says_so():
@@ -638,6 +697,8 @@ def test_a_text_met_twice_makes_no_pair_with_itself():
         ({"min_kappa": 1.5}, "min_kappa"),
         ({"eval_share": 1.0}, "eval_share"),
         ({"activation_checkpointing": True}, "activation_checkpointing"),
+        ({"eval_strategy": "epoch"}, "eval_strategy"),
+        ({"label_smoothing_factor": 0.3}, "label_smoothing_factor"),
         ({"resume_from_checkpoint": "runs/nowhere/checkpoint-1"}, "resume_from_checkpoint"),
     ],
 )
@@ -679,6 +740,40 @@ def test_a_base_without_safetensors_is_refused(tmp_path):
     with pytest.raises(InputError, match="safetensors") as error:
         fit(config(tmp_path / "out", model_name_or_path=str(tmp_path)), world(2), world(1, first=5), progress=False)
     assert error.value.field == "model_name_or_path"
+
+
+def test_an_adapter_as_base_is_refused_before_anything_is_trained(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    tiny.make_policy(TOKENIZER).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    TOKENIZER.save_pretrained(tmp_path / "adapter")
+    arguments = config(tmp_path / "out", model_name_or_path=str(tmp_path / "adapter"))
+    with pytest.raises(InputError, match="is an adapter") as error:
+        fit(arguments, world(4), world(2, first=50), progress=False)
+    assert error.value.field == "model_name_or_path"
+
+
+def test_an_architecture_that_reads_otherwise_in_a_batch_is_refused_before_anything_is_trained(tmp_path):
+    model = tiny.make_judge(TOKENIZER)
+    model.config.is_causal = False
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(InputError, match="llama") as error:
+        fit(config(tmp_path), world(4), world(2, first=50), model, TOKENIZER, progress=False)
+    assert error.value.field == "model_name_or_path"
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_bert_whose_tokenizer_makes_no_types_learns_without_them_in_prefix_attention(tmp_path):
+    tokenizer = tiny.make_encoder_tokenizer("roberta")
+    model, seen = tiny.make_encoder(tokenizer, "bert"), []
+    model.bert.embeddings.token_type_embeddings.register_forward_hook(
+        lambda module, args, _: seen.append(args[0].max())
+    )
+    arguments = config(tmp_path, max_steps=2, attention="prefix")
+    fit(arguments, world(4), world(2, first=50), model, tokenizer, progress=False)
+    assert seen and not any(seen)
 
 
 # --- the command

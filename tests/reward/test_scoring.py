@@ -125,7 +125,7 @@ def test_utilities_are_the_calibrated_scores():
 
 
 def suffix_scores(model, *rows):
-    return apply_head(head_of(model), suffix_features(model, *rows))[:, 0]
+    return apply_head(head_of(model), suffix_features(model, *rows, reads_types=False))[:, 0]
 
 
 def test_prefixes_once_and_equal_texts_once(monkeypatch):
@@ -135,9 +135,9 @@ def test_prefixes_once_and_equal_texts_once(monkeypatch):
         seen["prefixes"] += len(prefixes)
         return shared_states(model, prefixes, device)
 
-    def count_rows(model, states, ids, lengths, owners):
+    def count_rows(model, states, ids, lengths, owners, **keys):
         seen["rows"] += len(ids)
-        return suffix_features(model, states, ids, lengths, owners)
+        return suffix_features(model, states, ids, lengths, owners, **keys)
 
     monkeypatch.setattr(scoring, "shared_states", count_prefixes)
     monkeypatch.setattr(scoring, "suffix_features", count_rows)
@@ -246,6 +246,16 @@ def test_prefix_attention_of_an_encoder_shares_prefixes_and_equals_the_plain_mod
     assert cache.hits == 3
 
 
+@pytest.mark.parametrize("types", [1, 2])
+def test_prefix_attention_of_a_bert_whose_tokenizer_makes_no_types_reads_none(types):
+    torch.manual_seed(0)
+    tokenizer = tiny.make_encoder_tokenizer("roberta")
+    network = tiny.make_encoder(tokenizer, "bert")
+    network.bert.embeddings.token_type_embeddings = torch.nn.Embedding(types, 32)
+    model = PreferenceModel(network, tokenizer, CALIBRATION, attention="prefix")
+    same(score(model, QUESTION, OPINIONS, STATEMENTS), score_one_by_one(model, QUESTION, OPINIONS, STATEMENTS))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prefix_attention_masks_the_padding_also_in_eager_attention(dtype):
     model = encoder("bert")
@@ -258,13 +268,6 @@ def test_prefix_attention_masks_the_padding_also_in_eager_attention(dtype):
             slow = score_one_by_one(model, QUESTION, ["short", "word " * 20], STATEMENTS).raw
         np.testing.assert_allclose(slow, found[implementation], atol=1e-5 if dtype is torch.float32 else 2e-2, rtol=0)
     np.testing.assert_allclose(found["eager"], found["sdpa"], atol=1e-5 if dtype is torch.float32 else 2e-2, rtol=0)
-
-
-def test_prefix_attention_is_refused_where_no_cls_is_pooled():
-    model = encoder("roberta")
-    model.attention = "prefix"
-    with pytest.raises(InputError, match="pair"):
-        score(model, QUESTION, OPINIONS, STATEMENTS)
 
 
 @pytest.mark.parametrize("make", [preference_model, lambda: encoder("bert")])
@@ -290,10 +293,24 @@ def test_an_opinion_that_does_not_fit_is_an_error_that_names_the_member_or_is_cu
     assert error.value.field == "opinions[1]"
     scores = score(model, "Q?", opinions, ["yes", "no"], truncate=True)
     assert len(scores.warnings) == 1 and scores.warnings[0].startswith("Opinion 1 was cut to its first ")
+    assert scores.warnings[0].endswith(" of 199 characters.")
     kept = int(scores.warnings[0].split(" first ")[1].split()[0])
-    same(scores, score_one_by_one(model, "Q?", [opinions[0], "word " * kept, opinions[2]], ["yes", "no"]))
+    read = opinions[1][:kept]
+    assert read.endswith(" word")  # words are cut whole
+    same(scores, score_one_by_one(model, "Q?", [opinions[0], read, opinions[2]], ["yes", "no"]))
     with pytest.raises(InputError):  # one more word would not fit
-        score(model, "Q?", ["word " * (kept + 1)], ["yes", "no"])
+        score(model, "Q?", [read + " word"], ["yes", "no"])
+
+
+@pytest.mark.parametrize("before", ["", "Yes: "])
+def test_an_opinion_written_without_spaces_is_cut_between_characters(before):
+    model, opinion = small_context(120), before + "公共汽车应该免费" * 40
+    scores = score(model, "Q?", [opinion], ["yes", "no"], truncate=True)
+    kept = int(scores.warnings[0].split(" first ")[1].split()[0])
+    assert scores.warnings[0].endswith(f" of {len(opinion)} characters.") and kept > len(before) + 10
+    same(scores, score_one_by_one(model, "Q?", [opinion[:kept]], ["yes", "no"]))
+    with pytest.raises(InputError):
+        score(model, "Q?", [opinion[: kept + 1]], ["yes", "no"])
 
 
 def test_padding_is_never_read_even_when_pad_is_eos():

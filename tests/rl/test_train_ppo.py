@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from deliberation.types import InputError
+from reward.bi_encoder import BiEncoder, make_networks
 from reward.preference import Calibration, PreferenceModel
 from rl.checkpoints import last_whole
 from rl.data import ppo_prompts
@@ -280,6 +281,26 @@ def test_a_penalty_on_uncertainty_without_an_ensemble_is_refused_before_training
     assert not Path(config.output_dir).exists()
     with pytest.raises(InputError, match="uncertainty_penalty"):
         settings(tmp_path, folders, uncertainty_penalty=-1.0)
+
+
+def test_a_group_whose_opinions_leave_no_room_for_a_statement_is_named_before_training(tmp_path, folders):
+    long = {"question": "Ban cars?", "opinions": ["No.", "word " * 396]}  # the tiny judge reads 2048 bytes
+    train_ppo(settings(tmp_path, folders, max_steps=1), [*ROWS, long])
+    config = settings(tmp_path, folders, max_completion_length=40, output_dir=str(tmp_path / "other"))
+    with pytest.raises(InputError, match="max_completion_length") as error:
+        train_ppo(config, ROWS, [*ROWS, long])
+    assert error.value.field == "eval_deliberations row 2: opinions[1]"
+    assert not Path(config.output_dir).exists()
+
+
+def test_an_opinion_that_the_bi_encoder_cannot_read_is_named_before_training(tmp_path, folders):
+    tokenizer = tiny.make_encoder_tokenizer()  # reads 512 bytes a line, the judge 2048
+    judge = PreferenceModel.load(folders[1])
+    judge.bi_encoder = BiEncoder(tiny.make_encoder(tokenizer).bert, tokenizer, make_networks(32, 1))
+    judge.save(folders[1])
+    with pytest.raises(InputError, match="bi-encoder reads") as error:
+        train_ppo(settings(tmp_path, folders), [*ROWS, {"question": "Ban cars?", "opinions": ["word " * 120]}])
+    assert error.value.field == "deliberations row 2: opinions[0]"
 
 
 def test_weights_reach_the_reward(tmp_path, folders):

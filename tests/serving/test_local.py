@@ -126,7 +126,9 @@ async def test_calls_wait_in_turn_and_keep_nobody_else_waiting():
         await asyncio.sleep(0.05)
         assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), 5) == "free"
         assert model.begun == ["s0"]
-        calls.pop().cancel()  # nobody waits for the last one
+        last = calls.pop()  # nobody waits for that one
+        last.cancel()
+        await asyncio.wait({last})
     finally:
         model.opened.set()
     await asyncio.gather(*calls)
