@@ -51,6 +51,12 @@ class Server:
             connection.execute(f"CREATE DATABASE {name}")
         return f"postgresql+psycopg://{SUPERUSER}@127.0.0.1:{self.port}/{name}"
 
+    def disconnect(self, url: str) -> None:
+        """End all connections to a database: engines that nobody uses any more keep theirs until they are collected."""
+        with psycopg.connect(self._words("postgres"), autocommit=True) as connection:
+            ours = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+            connection.execute(ours, [url.rsplit("/", 1)[1]])
+
     def _words(self, name: str) -> str:
         return f"host=127.0.0.1 port={self.port} user={SUPERUSER} dbname={name}"
 

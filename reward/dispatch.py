@@ -95,7 +95,8 @@ class _Batch:
     calls: list[_Call]
     clock: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
     """Runs once the batch is its actor's first."""
-    sent: bool = False
+    asked: bool = False
+    """Whether its actor has been asked and has not answered yet."""
 
 
 @dataclass(eq=False)
@@ -204,9 +205,12 @@ class Dispatcher:
         answers: Sequence[Scores | InputError | Failure]
         try:
             async with batch.clock:
-                batch.sent = True
-                self._start_clock(worker)
-                answers = await worker.actor.score([call.group for call in batch.calls])
+                batch.asked = True
+                try:
+                    self._start_clock(worker)
+                    answers = await worker.actor.score([call.group for call in batch.calls])
+                finally:
+                    batch.asked = False  # a clock that has ended cannot be set
         except (ActorLost, TimeoutError) as error:
             if batch in worker.batches:  # else the loss is known by the actor's other batch
                 if isinstance(error, TimeoutError):
@@ -227,9 +231,9 @@ class Dispatcher:
         return self._timeout * min(HANGS_AFTER * len(batch.calls), 1 - HANGS_AFTER)
 
     def _start_clock(self, worker: _Worker) -> None:
-        """Start the clock of the batch that the actor computes, unless it runs; one not sent yet starts its own."""
+        """Start the clock of the batch that the actor computes, unless it runs; one not asked yet starts its own."""
         clock = worker.batches[0].clock if worker.batches else None
-        if clock is not None and worker.batches[0].sent and clock.when() is None:
+        if clock is not None and worker.batches[0].asked and clock.when() is None:
             clock.reschedule(asyncio.get_running_loop().time() + self._limit(worker.batches[0]))
 
     def _settle(self, call: _Call, answer: Scores | InputError | Failure, actor: str) -> None:
@@ -255,7 +259,7 @@ class Dispatcher:
         (computed, *queued), worker.batches, worker.up = worker.batches, [], False
         self._waiting.extendleft(call for batch in queued for call in batch.calls if not call.answer.done())
         for batch in queued:
-            if batch.sent:  # nobody waits for its answer any more
+            if batch.asked:  # nobody waits for its answer any more
                 batch.clock.reschedule(0)
         for call in computed.calls:
             self._settle(call, Failure(reason), worker.actor.name)

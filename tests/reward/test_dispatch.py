@@ -245,6 +245,38 @@ async def test_a_call_that_failed_before_goes_alone_also_behind_others():
     assert [call.group[0] for call in other._next_batch()[1].calls] == ["poison"]
 
 
+class Mortal(FakeActor):
+    """Dies under its first two batches; whoever holds one is told in the order given."""
+
+    def __init__(self, name, order):
+        super().__init__(name)
+        self.order, self.told = order, [asyncio.Event(), asyncio.Event()]
+
+    async def score(self, groups):
+        number = len(self.batches)
+        if number >= 2:
+            return await super().score(groups)
+        self.batches.append([question for question, *_ in groups])
+        await self.told[number].wait()
+        raise ActorLost("killed")
+
+    def die(self):
+        for number in self.order:
+            self.told[number].set()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_whichever_batch_learns_first_that_its_actor_died_both_are_repeated(order):
+    actor = Mortal("a", order)
+    calls = submit(make(actor), group("first"), group("second"))
+    await settle()
+    assert actor.batches == [["first"], ["second"]]
+    actor.die()
+    async with asyncio.timeout(2):
+        answers = await asyncio.gather(*calls)
+    assert [scores.raw.shape for scores in answers] == [(1, 1)] * 2
+
+
 async def test_a_call_ends_although_no_actor_comes_back():
     a = FakeActor("a")
     a.alive.clear()

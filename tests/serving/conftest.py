@@ -25,7 +25,9 @@ def postgres_server():
 @pytest.fixture
 def postgres_url(postgres_server):
     """URL of an empty PostgreSQL database of the test's own."""
-    return postgres_server.database()
+    url = postgres_server.database()
+    yield url
+    postgres_server.disconnect(url)
 
 
 @pytest.fixture
