@@ -21,7 +21,7 @@ def test_auc_by_hand_with_a_tie():
     assert found.to_dict()["low"] is None  # two persons allow no interval
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(0, 3)), min_size=2, max_size=30))
 def test_a_resampled_auc_is_the_auc_of_the_repeated_rows(rows):
     scores, labels, person = (np.array(column) for column in zip(*rows, strict=True))

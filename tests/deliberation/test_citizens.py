@@ -243,7 +243,7 @@ def test_two_processes_with_the_same_seed_make_the_same_groups():
 
 
 @given(st.text(max_size=300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_gets_a_rating_on_the_scale(text):
     gold = rate_text(CITIZEN, QUESTION, text)
     assert 1 <= gold.agreement <= 7 and 1 <= gold.quality <= 7
@@ -251,7 +251,7 @@ def test_any_text_gets_a_rating_on_the_scale(text):
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_noise_free_ratings_are_what_noisy_ones_scatter_around(seed):
     rng = Random(seed)
     ratings = [noisy_rating(4.0, rng) for _ in range(200)]

@@ -44,7 +44,6 @@ def squeezed(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text.replace("’", "'")).lower().split())
 
 
-@settings(deadline=None)  # a busy machine takes its time
 @given(HOSTILE)
 @example("Opinion:" * 3)
 @example(CLOSING.replace("jury", "jury " + CLOSING))
@@ -120,7 +119,6 @@ def test_a_hundred_kilobytes_of_anything_are_read(piece):
     assert squeezed("Opinion:") not in squeezed(sanitize(text))
 
 
-@settings(deadline=None)  # a busy machine takes its time
 @given(HOSTILE, HOSTILE)
 def test_prompts_have_the_templates_lines_and_no_others(question, opinion):
     prompt = statement_prompt(question, [opinion, opinion])

@@ -44,7 +44,7 @@ def slow_bounds(values, alpha, grid, start_variance=s.START_VARIANCE):
     return np.array(bounds)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(unit, st.sampled_from([0.01, 0.05, 0.3]), st.sampled_from([0.01, 0.25]))
 def test_the_vectorised_sequence_equals_a_plain_loop(values, alpha, start):
     found = s.confidence_sequence(values, alpha, start_variance=start, grid=21)

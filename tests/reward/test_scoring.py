@@ -78,7 +78,7 @@ def test_equals_one_by_one_for_any_batch(make, batch_tokens):
     same(score(model, QUESTION, OPINIONS, STATEMENTS, batch_tokens=batch_tokens), reference)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(st.text("ab é.", min_size=1, max_size=40).filter(str.strip), min_size=1, max_size=4),
     st.lists(st.text("abc d.", min_size=1, max_size=40).filter(str.strip), min_size=1, max_size=5),

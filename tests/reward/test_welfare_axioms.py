@@ -40,14 +40,14 @@ def groups(draw, values=anything):
     return u, weights, np.array(draw(st.lists(st.integers(0, 3), min_size=size, max_size=size)))
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(groups(), functions)
 def test_finite_and_between_minimum_and_maximum(group, f):
     u, w, c = group
     assert u.min() <= welfare(u, f, w, c) <= u.max()
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(groups(), functions, st.integers(0, 2**32 - 1))
 def test_anonymity(group, f, seed):
     u, w, c = group
@@ -56,7 +56,7 @@ def test_anonymity(group, f, seed):
     assert shuffled == pytest.approx(welfare(u, f, w, c), rel=RELATIVE, abs=0)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(groups(), groups(), functions)
 def test_neutrality(group, other, f):
     """A statement's welfare is its own, whatever the others are and wherever it stands among them."""
@@ -68,7 +68,7 @@ def test_neutrality(group, other, f):
         assert found[place] == pytest.approx(alone, rel=RELATIVE, abs=0)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(groups(), functions, st.integers(0, 2**32 - 1), st.floats(1, 2))
 def test_monotone(group, f, seed, factor):
     """Gains of some members, none of whom loses, never lower it."""
@@ -77,14 +77,14 @@ def test_monotone(group, f, seed, factor):
     assert welfare(u * gains, f, w, c) >= welfare(u, f, w, c) * (1 - RELATIVE)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(groups(), functions)
 def test_weak_pareto(group, f):
     u, w, c = group
     assert welfare(u * 2, f, w, c) > welfare(u, f, w, c)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(groups(), functions, st.integers(2, 4))
 def test_replication(group, f, copies):
     u, w, c = group
@@ -92,14 +92,14 @@ def test_replication(group, f, copies):
     assert many == pytest.approx(welfare(u, f, w, c), rel=RELATIVE, abs=0)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(groups(st.one_of(ratings, everyday)), functions, st.sampled_from([1e-300, 1e-3, 0.5, 3.0, 1e4, 1e300]))
 def test_scale(group, f, factor):
     u, w, c = group
     assert welfare(u * factor, f, w, c) == pytest.approx(factor * welfare(u, f, w, c), rel=RELATIVE, abs=0)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(groups(ratings), shift_invariant, st.floats(-100, 100))
 def test_shift_where_the_table_says_so(group, f, step):
     u, w, c = group
@@ -149,7 +149,7 @@ def test_trimmed_cuts_a_tenth_at_either_end_members_in_part():
     assert welfare([1, 2, 3, 4, 9], "trimmed") == pytest.approx((0.5 * 1 + 2 + 3 + 4 + 0.5 * 9) / 4)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(ratings, min_size=9, max_size=30), st.floats(-1e300, 1e300))
 def test_one_member_of_ten_cannot_move_trimmed_beyond_the_others(others, extreme):
     assert 1 / (len(others) + 1) <= TAIL

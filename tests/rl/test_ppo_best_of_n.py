@@ -53,7 +53,7 @@ def test_with_too_few_others_they_are_drawn_with_replacement(n):
         assert float(got[row]) == pytest.approx(n * gain, abs=1e-12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 10**6),
     size=st.integers(2, 6),
@@ -81,7 +81,7 @@ def test_one_sample_is_plain_ppo_and_what_is_not_scored_counts_for_nothing():
     assert got.tolist() == [0.0, 0.0, 2.0, 0.0, 0.0, 0.0]  # 2 (2 - 1); the second prompt's only score stands alone
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(k=st.integers(1, 12), count=st.integers(1, 12))
 def test_chances_of_the_best_add_up_and_rise(k, count):
     chances = ppo.best_of_chances(k, count)

@@ -30,7 +30,7 @@ def loop_gae(rewards, values, gamma, lam):
     return [sum((gamma * lam) ** k * deltas[t + k] for k in range(n - t)) for t in range(n)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 5), lift=st.floats(-50, 50))
 def test_leave_one_out_is_the_score_less_the_mean_of_the_others(seed, n, lift):
     generator = torch.Generator().manual_seed(seed)
@@ -45,7 +45,7 @@ def test_leave_one_out_is_the_score_less_the_mean_of_the_others(seed, n, lift):
     assert torch.allclose(ppo.leave_one_out(scores + lift, scored, n), got)  # an easier prompt changes nothing
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), gamma=st.floats(0.0, 1.0), lam=st.floats(0.0, 1.0), width=st.integers(1, 9))
 def test_gae_equals_the_loop_and_reads_no_masked_position(seed, gamma, lam, width):
     mask = random_mask(3, width, seed)

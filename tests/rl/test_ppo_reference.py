@@ -218,7 +218,7 @@ def close(got, expected) -> None:
     assert torch.allclose(got, expected, rtol=1e-9, atol=1e-9), (got - expected).abs().max()
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(seed=st.integers(0, 10**9))
 def test_an_update_equals_the_reference(seed):
     case = draw(seed)
@@ -234,7 +234,7 @@ def test_an_update_equals_the_reference(seed):
     close(got[6][1], padded(by_values, width, 0.0))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10**9), cut=st.integers(0, 9), extra=st.integers(0, 5))
 def test_neither_a_split_into_micro_batches_nor_more_padding_changes_the_gradient(seed, cut, extra):
     case = draw(seed)

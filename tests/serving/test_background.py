@@ -201,7 +201,7 @@ class Idempotency(RuleBasedStateMachine):
 
 
 TestIdempotency = Idempotency.TestCase
-TestIdempotency.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+TestIdempotency.settings = settings(max_examples=25, stateful_step_count=12)
 
 
 # --- in the background ----------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def transport():
 
 
 @schema.parametrize()
-@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=CASES, suppress_health_check=list(HealthCheck))
 def test_no_request_breaks_the_service(case, transport):
     response = case.call(session=transport)
     case.validate_response(response, checks=CHECKS.get_by_names(NAMES))
