@@ -1,4 +1,4 @@
-"""A pool of two reward actors under load, one of them SIGKILLed every five seconds: no failed call, the same scores.
+"""A pool of two reward actors under load, one SIGKILLed every five seconds or so: no failed call, the same scores.
 
 First the load runs undisturbed, then for ``--seconds`` with the killer at work; every answer of both is compared with
 the group's first. Two callers an actor ask for 5 members x 8 candidates of the shipped preference model at a time,
@@ -98,10 +98,14 @@ def run_load(pool: RewardPool, groups: Sequence[Group], seconds: float) -> Load:
 
 
 def kill(pool: RewardPool, every: float, stop: threading.Event, killed: list[int]) -> None:
-    """SIGKILL a random actor that is up, every ``every`` seconds (none where all are still restarting)."""
+    """SIGKILL a random actor that is up, every ``every`` seconds on average (none where all are still restarting).
+
+    Not to the second: Ray tells of a death once a second, and a killer in step with it would hit each restarted actor
+    within the first call it computes, the same call every time.
+    """
     rng = random.Random(SEED)
-    while not stop.wait(every):
-        if pids := list(pool.pids.values()):
+    while not stop.wait(every * rng.uniform(0.5, 1.5)):
+        if pids := [pid for pid in pool.pids.values() if pid not in killed]:  # the pool may not know of a death yet
             killed.append(rng.choice(pids))
             os.kill(killed[-1], signal.SIGKILL)
 

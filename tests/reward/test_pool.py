@@ -178,9 +178,9 @@ def test_closing_ends_the_actors(ray_cluster, model_folder):
 
 @pytest.mark.slow
 def test_under_load_with_an_actor_killed_every_few_seconds_no_call_fails(ray_cluster, model_folder):
-    """A short run of the benchmark, which is the gate: 60 s, one kill every 5 s."""
+    """A short run of the benchmark, which is the gate: 60 s, one kill every 5 s or so."""
     found = measure(str(model_folder), seconds=15, undisturbed_s=3, kill_every=4)
-    assert found["failed"] == 0 and found["kills"] >= 2 and found["calls"] > 0
+    assert found["failed"] == 0 and found["kills"] >= 2 and found["calls"] > 0, found
     assert found["max_difference"] <= 1e-5
 
 
