@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from deliberation.datasets import read_responses
+from deliberation.dropout import disable_dropout
 from deliberation.types import Choice, InputError, Rating, Response, SoftVote, Vote, is_hub_name
 from embedded import resolve
 from reward.calibration import RATINGS, Calibration
@@ -104,7 +105,7 @@ def fit(
     if model is None or tokenizer is None:
         model, tokenizer = _load_base(config.model_name_or_path)
         attention = config.attention or attention_of(config.model_name_or_path)
-    _no_dropout(model)
+    disable_dropout(model)  # so that a score is the same in training and in use
     model.to(config.device)  # type: ignore[arg-type]  # already for the starting scale
     unfitted = PreferenceModel(model, tokenizer, Calibration.of_ratings(list(values), values), attention=attention)
     check_reading(model, unfitted.shares_prefixes, unfitted.reads_types, "model_name_or_path")
@@ -249,19 +250,6 @@ def _load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         name, num_labels=1, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
     )
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-
-
-def _no_dropout(model: PreTrainedModel) -> None:
-    """Switch dropout off wherever a model keeps it, so that a score is the same in training and in use.
-
-    Rates are in modules, among the numbers of layers (OPT, Bloom), or read from the config (Falcon).
-    """
-    for holder in (*model.modules(), model.config):
-        if isinstance(holder, torch.nn.Dropout):
-            holder.p = 0.0
-        for name, value in list(vars(holder).items()):
-            if "dropout" in name and isinstance(value, float):
-                setattr(holder, name, 0.0)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, set_seed
 
+from deliberation.dropout import disable_dropout
 from deliberation.types import InputError
 from rl import metrics as numbers
 from rl import ppo
@@ -42,7 +43,6 @@ from rl.value import (
     backbone_of,
     check_logits,
     completion_logprobs,
-    disable_dropout,
     hidden_states,
 )
 

@@ -150,16 +150,6 @@ def check_masks(model: nn.Module) -> None:
         raise InputError("model_name_or_path", text.model_type, mend)
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of ``model`` to 0: the modules' ``p``, and the rates attention layers keep as numbers."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
 class PolicyAndValue(nn.Module):
     """The policy with a value head on its own backbone, or with a separate value model.
 

@@ -153,8 +153,8 @@ class Desk:
         """``Ledger.open``: the entry, and whether it is to be carried out here."""
         return await asyncio.to_thread(self.ledger.open, caller.id, key, recorded(body))
 
-    async def once(self, body: ConsensusRequest, caller: Caller, key: str) -> tuple[Any, bool]:
-        """The JSON response under an idempotency key, and whether it is a repetition.
+    async def once(self, body: ConsensusRequest, plan: Plan, caller: Caller, key: str) -> tuple[Any, bool]:
+        """The JSON response under an idempotency key, and whether it is a repetition; ``plan`` is the body's.
 
         Raises:
             ApiError: ``in-progress``, ``idempotency-mismatch``, ``not-found`` if it was erased meanwhile; and whatever
@@ -166,7 +166,7 @@ class Desk:
                 return json.loads(entry.answer), True
             raise _in_progress(entry)
         try:
-            work = asyncio.wait_for(self.answer(self.plan(body), self.services), self.defaults.request_timeout_s)
+            work = asyncio.wait_for(self.answer(plan, self.services), self.defaults.request_timeout_s)
             response = (await under_lease(self.ledger, entry, work)).model_dump(mode="json")
         except LostLease:
             await asyncio.to_thread(self.ledger.standing, entry.id, caller.id)  # not-found, if it was erased
@@ -216,7 +216,7 @@ def _add_consensus(app: FastAPI, desk: Desk, admit: Callable[[str], Any]) -> Non
             response = await asyncio.wait_for(desk.answer(plan, desk.services), desk.defaults.request_timeout_s)
             # Checked when it was made: as a response of FastAPI's it would be checked once more
             return Response(response.model_dump_json(), media_type="application/json")  # type: ignore[return-value]
-        answer, repeated = await desk.once(body, caller, idempotency_key)
+        answer, repeated = await desk.once(body, plan, caller, idempotency_key)
         headers = {"Idempotent-Replayed": "true"} if repeated else None
         return JSONResponse(answer, headers=headers)  # type: ignore[return-value]
 

@@ -281,13 +281,19 @@ def test_an_erased_request_is_gone_and_its_work_ends(client, services, config):
         assert len(files) >= 1 and all(b"green tea" not in path.read_bytes() for path in files)
 
 
-def test_who_waits_for_an_erased_request_is_told_that_it_is_gone(client, services, config):
+def in_a_thread(client, services):
+    """A request whose caller waits, its models at work; the thread, and where the response will be."""
     services.gate = asyncio.Event()
     found = []
     waiting = threading.Thread(target=lambda: found.append(post(client, {"Idempotency-Key": "a"})))
     waiting.start()
     while services.calls == 0:
         time.sleep(0.01)
+    return waiting, found
+
+
+def test_who_waits_for_an_erased_request_is_told_that_it_is_gone(client, services, config):
+    waiting, found = in_a_thread(client, services)
     with open_store(config.database).connect() as connection:
         name = connection.execute(select(requests.c.id)).scalar_one()
     assert client.delete(f"/v1/consensus/{name}").status_code == 204
@@ -296,12 +302,7 @@ def test_who_waits_for_an_erased_request_is_told_that_it_is_gone(client, service
 
 
 def test_a_request_that_another_process_took_over_is_in_progress(client, services, config):
-    services.gate = asyncio.Event()
-    found = []
-    waiting = threading.Thread(target=lambda: found.append(post(client, {"Idempotency-Key": "a"})))
-    waiting.start()
-    while services.calls == 0:
-        time.sleep(0.01)
+    waiting, found = in_a_thread(client, services)
     with open_store(config.database).begin() as connection:
         connection.execute(requests.update().values(runner="another"))
     waiting.join()
