@@ -24,6 +24,7 @@ from serving.session_schemas import (
     Created,
     DeliberationOut,
     DeliberationReport,
+    Deliberations,
     Joined,
     Me,
     OpinionOut,
@@ -48,6 +49,16 @@ class Organiser:
     def look(self, deliberation_id: str) -> DeliberationOut:
         """How it stands."""
         return DeliberationOut.model_validate_json(self._client.send("GET", f"{PATH}/{deliberation_id}").content)
+
+    def all(self) -> Iterator[DeliberationOut]:
+        """All that the key's holder has begun, the newest first."""
+        after: dict[str, str] = {}
+        while True:
+            page = Deliberations.model_validate_json(self._client.send("GET", PATH, params=after).content)
+            yield from page.deliberations
+            if page.next is None:
+                return
+            after = {"after": page.next}
 
     def generate(self, deliberation_id: str, poll_s: float = 0.1) -> DeliberationOut:
         """Freeze the opinions and wait until there are candidates.

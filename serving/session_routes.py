@@ -56,6 +56,8 @@ from serving.sessions import (
 )
 
 PATH = "/v1/deliberations"
+PAGE, MAX_PAGE = 100, 1000
+"""Deliberations that a page has by default, and at most: databases limit the parameters of a query."""
 MEMBER_RATE = 240
 """Requests a minute of one member."""
 
@@ -170,11 +172,16 @@ def _add_organiser(app: FastAPI, hall: Hall, admit: Callable[[str], Any], proble
         """Begin a deliberation whose members write and rate for themselves."""
         return await asyncio.to_thread(hall.create, body, caller.id)
 
-    @app.get(PATH, responses=problems(401, 403, 429, 500))
-    async def listed(caller: Caller = owner) -> Deliberations:
-        """The organiser's deliberations, the newest first."""
-        rows = await asyncio.to_thread(hall.sessions.owned, caller.id)
-        return Deliberations(deliberations=await asyncio.to_thread(outline, hall.engine, rows))
+    @app.get(PATH, responses=problems(401, 403, 422, 429, 500))
+    async def listed(
+        caller: Caller = owner,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="Entries of a page, at most")] = PAGE,
+        after: Annotated[str | None, Query(description="`next` of the page before")] = None,
+    ) -> Deliberations:
+        """The organiser's deliberations, the newest first, a page at a time."""
+        rows, following = await asyncio.to_thread(hall.sessions.owned, caller.id, limit, after)
+        entries = await asyncio.to_thread(outline, hall.engine, rows)
+        return Deliberations(deliberations=entries, next=following)
 
     @app.get(PATH + "/{deliberation_id}", responses=reads)
     async def one(deliberation_id: str, caller: Caller = owner) -> DeliberationOut:

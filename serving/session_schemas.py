@@ -101,10 +101,13 @@ class DeliberationOut(Schema):
 
 
 class Deliberations(Schema):
-    """The organiser's deliberations, the newest first."""
+    """A page of the organiser's deliberations, the newest first."""
 
     deliberations: list[DeliberationOut]
     """One entry each."""
+
+    next: str | None
+    """``after`` of the next page; null where this is the last."""
 
 
 class Join(Sent):

@@ -6,13 +6,14 @@ States: *collecting* opinions, *generating* candidates, *rating* them, *closed*.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, Row, delete, func, insert, select, tuple_, update
 
 from deliberation.types import MAX_MEMBERS, InputError
 from serving import trials
@@ -105,11 +106,25 @@ class Sessions:
         with reading(self.engine) as connection:
             return _get(connection, deliberation_id, owner)
 
-    def owned(self, owner: str) -> list[Row]:
-        """The owner's deliberations, the newest first."""
+    def owned(self, owner: str, limit: int, after: str | None = None) -> tuple[list[Row], str | None]:
+        """A page of the owner's deliberations, the newest first, and the mark of its end; None where nothing follows.
+
+        Args:
+            limit: rows at most, >= 1.
+            after: the mark of the page before. It stays good when rows are erased.
+
+        Raises:
+            InputError: field ``after``, if it is no mark.
+        """
+        created, name = deliberations.c.created, deliberations.c.id
         where = deliberations.c.owner == owner
+        if after is not None:
+            where &= tuple_(created, name) < tuple_(*_place(after))
+        page = select(deliberations).where(where).order_by(created.desc(), name.desc()).limit(limit + 1)
         with reading(self.engine) as connection:
-            return list(connection.execute(select(deliberations).where(where).order_by(deliberations.c.created.desc())))
+            rows = list(connection.execute(page))
+        last = rows[limit - 1] if len(rows) > limit else None
+        return rows[:limit], None if last is None else f"{last.created!r}_{last.id}"
 
     def freeze(self, deliberation_id: str, owner: str, revise: bool) -> None:
         """End the writing, and say that candidates are being written.
@@ -342,6 +357,14 @@ def _find(connection: Connection, deliberation_id: str, owner: str | None = None
         where &= deliberations.c.owner == owner
     found = select(deliberations).where(where)
     return connection.execute(found.with_for_update() if lock else found).first()
+
+
+def _place(mark: str) -> tuple[float, str]:
+    """When the last deliberation of a page was created, and its id."""
+    found = re.fullmatch(r"(\d{1,12}\.\d{1,12})_(\w{1,40})", mark, re.ASCII)
+    if found is None:
+        raise InputError("after", mark, "give `next` of the page before")
+    return float(found[1]), found[2]
 
 
 def _of_members(predicted: str, here: set[str]) -> str:

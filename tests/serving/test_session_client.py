@@ -68,6 +68,16 @@ def test_a_deliberation_with_a_second_round(url, organiser):
     assert gone.value.status == 404
 
 
+def test_all_deliberations_whatever_the_pages(organiser, monkeypatch):
+    made = [organiser.create(f"Number {k}?").id for k in range(5)]
+    seen = []
+    send = organiser._client.send
+    monkeypatch.setattr(organiser._client, "send", lambda *args, params: send(*args, params={"limit": 2} | params))
+    for one in organiser.all():
+        seen.append(one.id)
+    assert seen == made[::-1]
+
+
 def test_a_stale_opinion_is_not_overwritten(url, organiser):
     made = organiser.create("Should tea be free?")
     with Participant.join(url, made.id, made.invite, "Anna") as here, Participant(url, made.id, here.token) as there:

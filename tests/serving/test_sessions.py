@@ -529,3 +529,46 @@ def test_consent_is_the_members_own(client, room):
     assert kind(client.patch(f"{PATH}/{room.id}/me", json=body)) == "unauthorized"
     assert kind(client.patch(f"{PATH}/{room.id}/me", json=body, headers=bearer(other.tokens[0]))) == "not-found"
     assert all(each.me(0)["consent"] for each in (room, other))
+
+
+def pages(client, limit):
+    """The questions of each page, from the first to the last."""
+    found, query = [], {"limit": limit}
+    while True:
+        page = client.get(PATH, params=query).json()
+        found.append([one["question"] for one in page["deliberations"]])
+        if page["next"] is None:
+            return found
+        query["after"] = page["next"]
+
+
+def test_deliberations_are_listed_by_the_page(client, store_url):
+    for k in range(5):
+        assert client.post(PATH, json={"question": f"Number {k}?"}).status_code == 201
+    newest_first = [f"Number {k}?" for k in (4, 3, 2, 1, 0)]
+    assert pages(client, 2) == [newest_first[:2], newest_first[2:4], newest_first[4:]]
+    assert pages(client, 5) == pages(client, 100) == [newest_first]
+    assert client.get(PATH).json()["next"] is None
+    with open_store(store_url).begin() as connection:  # so that ids alone tell them apart
+        connection.execute(deliberations.update().values(created=1764486000.1234567))
+    assert sorted(sum(pages(client, 2), [])) == sorted(newest_first)
+
+
+def test_a_page_s_end_outlives_what_was_there(client):
+    made = [client.post(PATH, json={"question": f"Number {k}?"}).json()["id"] for k in range(4)]
+    after = client.get(PATH, params={"limit": 2}).json()["next"]
+    assert client.delete(f"{PATH}/{made[2]}").status_code == 204  # the last of that page
+    rest = client.get(PATH, params={"after": after}).json()["deliberations"]
+    assert [one["id"] for one in rest] == [made[1], made[0]]
+
+
+@pytest.mark.parametrize("mark", ["", "del_0", "1.0", "nan_del_0", "1.0_del\0", "1.0_del_0\n", "9" * 400 + ".0_del_0"])
+def test_what_is_no_page_s_end_is_refused(client, mark):
+    response = client.get(PATH, params={"after": mark})
+    assert response.status_code == 422 and response.json()["errors"][0]["field"] == "after"
+
+
+@pytest.mark.parametrize("limit", [0, 1001, "x"])
+def test_a_page_has_a_size(client, limit):
+    response = client.get(PATH, params={"limit": limit})
+    assert response.status_code == 422 and response.json()["errors"][0]["field"] == "limit"
