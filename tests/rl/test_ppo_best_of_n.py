@@ -107,7 +107,7 @@ def test_a_policy_that_is_served_by_its_best_of_eight_takes_the_gamble(n, safe, 
         reward,
         best_of_n=n,
         max_steps=30,
-        num_prompts=8,
+        num_prompts=24,  # with 8 the luck of the rounding decides, which differs between CPUs
         num_generations=8,
         learning_rate=1e-2,
         beta=0.001,
