@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from serving.checks import MAX_CANDIDATES, check_count, check_welfare
 from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL, ServeConfig
 from serving.experiments import MAX_ALPHA, MAX_ARMS, MAX_LOOKS, MAXIMUM, MINIMUM, Arm, Metric, Mode, Spec, propensities
-from serving.fields import Schema, StoredName
+from serving.fields import Schema, Sent, StoredName
 from serving.trials import MAX_NAME_CHARS, Experiment
 
 
-class ArmIn(Schema):
+class ArmIn(Sent):
     """One way of making a statement."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: StoredName = Field(json_schema_extra={"minLength": 1, "maxLength": 100})
     """What reports call it; one line."""
@@ -39,10 +37,8 @@ class ArmIn(Schema):
     """Share of the deliberations, relative to the other arms; only if ``between``."""
 
 
-class NewExperiment(Schema):
+class NewExperiment(Sent):
     """An experiment, fixed from now on. Unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: StoredName = Field(json_schema_extra={"minLength": 1, "maxLength": MAX_NAME_CHARS})
     """What it is called. Sent again with the same fields, it makes nothing twice."""

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from deliberation.types import MAX_MEMBERS, MAX_OPINION_CHARS, InputError
 from serving.checks import MAX_CANDIDATES, MAX_WAITING_MEMBERS, check_readable
+
+MAX_FIELDS = 100
+"""Fields of a body, known or not: of millions, pydantic would write an error each before any is answered."""
 
 
 class Schema(BaseModel):
     """A body whose fields are described by the strings below them."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class Sent(Schema):
+    """A body that clients send: it refuses unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise InputError("body", f"{len(value)} fields", "see /docs for the fields there are")
+        return value
 
 
 def _text(value: str) -> str:
@@ -38,11 +54,9 @@ def storable(value: str) -> str:
 
 
 def group(value: list[str]) -> list[str]:
-    """A group that is not empty and not too large (InputError)."""
+    """A group that is not empty (InputError)."""
     if not value:
         raise InputError("opinions", value, "the group is empty; give at least one opinion")
-    if len(value) > MAX_MEMBERS:
-        raise InputError("opinions", f"{len(value)} opinions", f"give at most {MAX_MEMBERS}")
     return value
 
 
@@ -65,11 +79,17 @@ def rectangle(value: list[list[float]]) -> list[list[float]]:
     if not value or not value[0] or len({len(row) for row in value}) > 1:
         shape = [len(row) for row in value][:10]
         raise InputError("utilities", f"rows of {shape}", "give one row a member, all of the same length, not empty")
-    if len(value) > MAX_MEMBERS or len(value[0]) > MAX_MEMBERS:
-        mend = f"give at most {MAX_MEMBERS} members and {MAX_MEMBERS} statements"
-        raise InputError("utilities", f"{len(value)} x {len(value[0])}", mend)
     return value
 
+
+def few(value: Any) -> Any:
+    """No more entries than a group has members (InputError), looked at before each of them is."""
+    if isinstance(value, list) and len(value) > MAX_MEMBERS:
+        raise InputError("entries", f"{len(value)} entries", f"give at most {MAX_MEMBERS}")
+    return value
+
+
+Few = BeforeValidator(few)
 
 Text = Annotated[str, AfterValidator(_text), Field(json_schema_extra={"maxLength": MAX_OPINION_CHARS, "minLength": 1})]
 StoredText = Annotated[Text, AfterValidator(storable)]

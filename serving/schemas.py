@@ -15,7 +15,7 @@ from serving.checks import (
     check_welfare,
 )
 from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL
-from serving.fields import Agreement, Schema, Text, group
+from serving.fields import Agreement, Few, Schema, Sent, Text, group
 from serving.result import Consensus, WelfareUsed
 
 EXAMPLES: list[JsonValue] = [
@@ -39,16 +39,16 @@ EXAMPLES: list[JsonValue] = [
 ]
 
 
-class ConsensusRequest(Schema):
+class ConsensusRequest(Sent):
     """A group's opinions on a question. Unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": EXAMPLES})
+    model_config = ConfigDict(json_schema_extra={"examples": EXAMPLES})
 
     question: Text
     """The question the group discusses, best as a yes/no question."""
 
     opinions: Annotated[
-        list[Text], AfterValidator(group), Field(json_schema_extra={"minItems": 1, "maxItems": MAX_MEMBERS})
+        list[Text], Few, AfterValidator(group), Field(json_schema_extra={"minItems": 1, "maxItems": MAX_MEMBERS})
     ]
     """One text a member; the answer counts members in this order, from 0. A group of more than 64 is answered in the
     background (202)."""

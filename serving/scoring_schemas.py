@@ -4,31 +4,36 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field
 
 from serving.checks import MAX_CANDIDATES, MAX_WAITING_MEMBERS, check_welfare
 from serving.config import DEFAULT_PREFERENCE_MODEL
-from serving.fields import Schema, Text, rectangle, small_group, statements
+from serving.fields import Few, Schema, Sent, Text, rectangle, small_group, statements
 from serving.schemas import WelfareOut
 
+Utilities = Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], FailFast(), Few]
+"""A member's row: at most as many as a group has members, and its first fault is the one that is named."""
 
-class ScoreRequest(Schema):
+
+class ScoreRequest(Sent):
     """Statements to be judged for every member of a group. Unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     question: Text
     """The question the group discusses."""
 
     opinions: Annotated[
         list[Text],
+        Few,
         AfterValidator(small_group),
         Field(json_schema_extra={"minItems": 1, "maxItems": MAX_WAITING_MEMBERS}),
     ]
     """One text a member."""
 
     statements: Annotated[
-        list[Text], AfterValidator(statements), Field(json_schema_extra={"minItems": 1, "maxItems": MAX_CANDIDATES})
+        list[Text],
+        Few,
+        AfterValidator(statements),
+        Field(json_schema_extra={"minItems": 1, "maxItems": MAX_CANDIDATES}),
     ]
     """What they are asked to agree with."""
 
@@ -55,18 +60,16 @@ class ScoreResponse(Schema):
     """Short SHA-256 of the preference model's weights."""
 
 
-class AggregateRequest(Schema):
+class AggregateRequest(Sent):
     """Utilities to be made one number a statement. Unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    utilities: Annotated[list[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]], AfterValidator(rectangle)]
+    utilities: Annotated[list[Utilities], Few, AfterValidator(rectangle)]
     """One row a member, one column a statement; positive, on any one scale."""
 
     welfare: Annotated[str | float, BeforeValidator(check_welfare)] = "nash"
     """As in a consensus request."""
 
-    weights: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    weights: Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Few] | None = None
     """One number >= 0 a member; default: equal."""
 
 

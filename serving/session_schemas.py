@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from serving.checks import MAX_CANDIDATES, MAX_SEED, check_count, check_seed, check_welfare
 from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL
-from serving.fields import Schema, StoredText
+from serving.fields import Schema, Sent, StoredText
 from serving.generation import SHOWN
 from serving.schemas import Problem
 
 State = Literal["collecting", "generating", "rating", "closed"]
 Score = Annotated[int, Field(ge=1, le=7)]
 Id = Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[a-z]{3}_[0-9a-f]{16,36}$")]
-
-
-class Sent(Schema):
-    """A body that refuses unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class NewDeliberation(Sent):
