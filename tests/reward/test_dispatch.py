@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import selectors
 
 import numpy as np
 import pytest
@@ -10,6 +12,33 @@ import pytest
 from deliberation.types import InputError
 from reward.dispatch import ATTEMPTS, ActorLost, Dispatcher, Failure, PoolError, _Call
 from reward.scoring import Scores
+
+
+class NoWait(selectors.DefaultSelector):
+    """Says that the time has passed that it should have waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout=None):
+        found = super().select(timeout if timeout is None else 0)
+        self.now += 0.0 if found else timeout or 0.0
+        return found
+
+
+def in_no_time(test):
+    """Run the test in a loop whose clock jumps to the next timer: no machine is too slow, or stands still."""
+
+    @functools.wraps(test)
+    def run(**arguments):
+        selector = NoWait()
+        loop = asyncio.SelectorEventLoop(selector)
+        loop.time = lambda: selector.now
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(test(**arguments))
+
+    return run
 
 
 class FakeActor:
@@ -191,6 +220,7 @@ async def test_an_actor_that_restarts_gets_no_calls():
     assert (await dispatcher.score(group("back"))).raw.shape == (1, 1) and a.batches[-1] == ["back"]
 
 
+@in_no_time
 async def test_an_actor_that_hangs_is_restarted_and_its_call_repeated():
     a, b = FakeActor("a"), FakeActor("b")
     a.gate.clear()
@@ -212,6 +242,7 @@ class SlowActor(FakeActor):
 
 
 @pytest.mark.parametrize("max_batch", [1, 4])
+@in_no_time
 async def test_neither_the_batch_ahead_nor_the_calls_beside_count_as_hanging(max_batch):
     a = SlowActor("a", 0.3)
     calls = submit(make(a, timeout=3.0, max_batch=max_batch), *(group(str(k)) for k in range(6)))
@@ -219,6 +250,7 @@ async def test_neither_the_batch_ahead_nor_the_calls_beside_count_as_hanging(max
     assert a.restarts == 0
 
 
+@in_no_time
 async def test_an_actor_that_hangs_on_a_later_or_a_large_batch_is_restarted_before_its_calls_are_given_up():
     a = FakeActor("a")
     dispatcher = make(a, timeout=0.6, max_batch=8)
@@ -266,6 +298,7 @@ class Mortal(FakeActor):
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@in_no_time
 async def test_whichever_batch_learns_first_that_its_actor_died_both_are_repeated(order):
     actor = Mortal("a", order)
     calls = submit(make(actor), group("first"), group("second"))
@@ -277,6 +310,7 @@ async def test_whichever_batch_learns_first_that_its_actor_died_both_are_repeate
     assert [scores.raw.shape for scores in answers] == [(1, 1)] * 2
 
 
+@in_no_time
 async def test_a_call_ends_although_no_actor_comes_back():
     a = FakeActor("a")
     a.alive.clear()

@@ -91,9 +91,11 @@ def title_of(process: psutil.Process) -> str:
 
 
 def kill_after_two_updates(run: Path, title: str, killed: list[int]) -> None:
+    while not (found := processes(title)):  # looked for now: it takes a moment, and two updates do not take many
+        time.sleep(0.1)
     while len(read_log(run / "log.jsonl") if (run / "log.jsonl").is_file() else []) < 2:
         time.sleep(0.01)
-    victim = processes(title)[0]
+    victim = found[0]
     victim.kill()
     killed.append(victim.pid)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+from random import Random
 
 import pytest
 
@@ -20,6 +22,17 @@ def postgres_server():
         pytest.skip(str(missing))
     with _postgres.running(fsync="off") as server:  # nothing here outlives the session
         yield server
+
+
+@pytest.fixture
+def same_ids(request, monkeypatch):
+    """Ids and salts that are the same in every run: they decide who sees what first, and who is in which arm.
+
+    Left to chance, one experiment in a thousand would have an alert of the sample ratio, one in a hundred one of the
+    order: that is what the alerts' levels mean.
+    """
+    drawn = Random(request.node.name)
+    monkeypatch.setattr(secrets, "token_hex", lambda nbytes=32: drawn.randbytes(nbytes).hex())
 
 
 @pytest.fixture

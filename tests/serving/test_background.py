@@ -28,20 +28,20 @@ from serving.keys import create_key
 from serving.ledger import LEASE_S, RUNNING, Ledger
 from serving.problems import ApiError, Overloaded
 from serving.schemas import ConsensusRequest
-from serving.store import open_store
+from serving.store import BUSY_TIMEOUT_S, open_store
 from serving.tables import requests
 
 ASYNC = {"Prefer": "respond-async"}
 
 
 class Clock:
-    """Real time, put forward at will."""
+    """The time at its making, put forward at will."""
 
     def __init__(self):
-        self.ahead = 0.0
+        self.made, self.ahead = time.time(), 0.0
 
     def __call__(self):
-        return time.time() + self.ahead
+        return self.made + self.ahead
 
 
 @pytest.fixture
@@ -69,13 +69,21 @@ def recorded(**change):
     return api.recorded(ConsensusRequest.model_validate({**REQUEST, **change}))
 
 
-def finished(client, location, within_s=10.0):
+def finished(client, location, within_s=60.0):
     """The state of a background request once it is no longer running."""
     deadline = time.monotonic() + within_s
     while (state := client.get(location).json())["status"] == "running":
         assert time.monotonic() < deadline, "it goes on and on"
         time.sleep(0.02)
     return state
+
+
+def until(condition, within_s=60.0):
+    """Wait for something that happens elsewhere."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def events_of(text):
@@ -116,11 +124,13 @@ def test_a_failure_frees_the_key(client, services, error):
 
 
 def test_of_concurrent_requests_one_is_answered_and_the_others_told_to_wait(client, services):
-    services.pause_s = 0.5
+    services.gate = asyncio.Event()  # the one is at work until the others have been answered
     found = []
     threads = [threading.Thread(target=lambda: found.append(post(client, {"Idempotency-Key": "a"}))) for _ in range(4)]
     for thread in threads:
         thread.start()
+    until(lambda: len(found) == 3)
+    client.portal.call(services.gate.set)
     for thread in threads:
         thread.join()
     statuses = sorted(response.status_code for response in found)
@@ -266,16 +276,12 @@ def test_a_failure_in_the_background_frees_the_key_too(client, services):
 def test_an_erased_request_is_gone_and_its_work_ends(client, services, config):
     services.gate = asyncio.Event()
     location = post(client, ASYNC).headers["location"]
-    while services.calls == 0:
-        time.sleep(0.01)
+    until(lambda: services.calls == 1)
+    assert services.ended == 0
     assert client.delete(location).status_code == 204
     for response in (client.get(location), client.get(location + "/events"), client.delete(location)):
         assert response.status_code == 404 and response.json()["type"].endswith(":not-found")
-    assert services.ended == 0
-    deadline = time.monotonic() + LEASE_S
-    while services.ended == 0 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert services.ended == 1
+    until(lambda: services.ended == 1)  # at the next renewal
     if config.database.startswith("sqlite"):
         files = list(Path(config.database.removeprefix("sqlite:///")).parent.iterdir())
         assert len(files) >= 1 and all(b"green tea" not in path.read_bytes() for path in files)
@@ -287,8 +293,7 @@ def in_a_thread(client, services):
     found = []
     waiting = threading.Thread(target=lambda: found.append(post(client, {"Idempotency-Key": "a"})))
     waiting.start()
-    while services.calls == 0:
-        time.sleep(0.01)
+    until(lambda: services.calls == 1)
     return waiting, found
 
 
@@ -311,10 +316,13 @@ def test_a_request_that_another_process_took_over_is_in_progress(client, service
 
 def test_no_more_than_so_many_are_carried_out_at_once(services, config, monkeypatch):
     monkeypatch.setattr(background, "AT_ONCE", 2)
-    services.pause_s = 0.2
+    services.gate, services.pause_s = asyncio.Event(), 0.1
     with TestClient(make_app(services, config)) as client:
         places = [post(client, ASYNC, seed=seed).headers["location"] for seed in range(6)]
-        most = 0
+        until(lambda: services.calls >= 2)
+        time.sleep(0.2)  # in which a third one could begin
+        most = services.calls
+        client.portal.call(services.gate.set)
         while not all(client.get(place).json()["status"] == "done" for place in places):
             most = max(most, services.calls - services.ended)
             time.sleep(0.01)
@@ -329,7 +337,7 @@ def test_looking_at_a_request_at_work_writes_nothing(client, services, config):
         started = time.monotonic()
         assert client.get(location).json()["status"] == "running"
         assert post(client, {"Idempotency-Key": "a"}).status_code == 409
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 0.8 * BUSY_TIMEOUT_S  # as long as a write would wait
     services.gate = None
 
 

@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -267,14 +268,15 @@ class Handle:
 
 
 async def test_versions_are_asked_of_the_models_once_in_a_while(monkeypatch):
-    monkeypatch.setattr(remote, "VERSIONS_AGE_S", 0.2)
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: clock.now))
     policy, judge = Handle("p", "p2", ZeroDivisionError(), "p3"), Handle(*"jjjj")
     services = RemoteServices({"default": policy}, {"default": judge})
     found = await asyncio.gather(*(services.versions() for _ in range(10)))
     assert found == [{"preference_model:default": "j", "policy:default": "p"}] * 10
-    await asyncio.sleep(0.3)
+    clock.now += remote.VERSIONS_AGE_S + 0.1
     assert (await services.versions())["policy:default"] == "p2"
-    await asyncio.sleep(0.3)
+    clock.now += remote.VERSIONS_AGE_S + 0.1
     with pytest.raises(ZeroDivisionError):  # a model that has died is not hidden for longer
         await services.versions()
     assert (await services.versions())["policy:default"] == "p3"  # nor one that is back

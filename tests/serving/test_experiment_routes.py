@@ -27,6 +27,8 @@ PATH = "/v1/experiments"
 ARMS = [{"name": "ppo", "n": 4}, {"name": "rerank", "n": 4, "welfare": "rawlsian"}]
 BODY = {"name": "tea", "arms": ARMS, "minimum": 5}
 
+pytestmark = pytest.mark.usefixtures("same_ids")
+
 
 @pytest.fixture
 def config(sqlite_url):
@@ -132,7 +134,7 @@ def test_pictures_are_drawn_of_every_pair(client, engine, tmp_path):
     path = f"{PATH}/{made}/plot"
     assert client.get(f"{path}.png").json()["type"].endswith(":wrong-state")  # nothing yet
     rng = np.random.default_rng(3)
-    hold(engine, made, *([*drawn(1.0, rng), drawn(0.0, rng)[0]] for _ in range(40)))
+    hold(engine, made, *([*drawn(1.0, rng), drawn(0.0, rng)[0]] for _ in range(80)))  # eight of ppo at least
     png = client.get(f"{path}.png", params={"pair": 1})
     assert png.status_code == 200 and png.headers["content-type"] == "image/png"
     (tmp_path / "plot.png").write_bytes(png.content)

@@ -123,7 +123,8 @@ async def test_calls_wait_in_turn_and_keep_nobody_else_waiting():
         calls.append(asyncio.ensure_future(services.sampler("default").sample(f"s{k}", ["Yes."], [])))
         calls.append(asyncio.ensure_future(services.judge("default").judge(f"j{k}", ["Yes."], [])))
     try:
-        await asyncio.sleep(0.05)
+        while not model.begun:
+            await asyncio.sleep(0.001)
         assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), 5) == "free"
         assert model.begun == ["s0"]
         last = calls.pop()  # nobody waits for that one

@@ -230,8 +230,10 @@ def test_a_lost_model_process_is_told_and_a_lost_nursery_replaced(replica, tempo
     assert replica("make", "policy", "HostedPolicy", "policy", SHORT, "cpu") == "made"
     nursery, model = nurseries(temporary)
     nursery.kill()
+    nursery.wait(20)  # until it answers no more
     assert replica("policy", "probe") is None  # its process lives on
     model.kill()
+    model.wait(20)
     assert replica("policy", "probe")[0] == "ModelLost"
     assert replica("make", "policy", "HostedPolicy", "policy", SHORT, "cpu") == "made"
     assert replica("policy", "probe") is None

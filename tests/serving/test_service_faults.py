@@ -197,7 +197,7 @@ def test_work_of_clients_that_have_gone_is_dropped(ray_cluster):
 
     try:
         with ThreadPoolExecutor(3) as threads:
-            first = threads.submit(ask, "first", 4.0, 60.0)
+            first = threads.submit(ask, "first", 8.0, 60.0)
             while ask("probe", 0.0, 0.2) is not None:  # until the first one is at work
                 pass
             gone = [threads.submit(ask, f"gone{i}", 0.0, 0.5) for i in range(2)]

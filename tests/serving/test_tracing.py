@@ -171,7 +171,10 @@ def test_without_the_extra_there_is_a_line_in_the_log(client, receiver, anew, ca
 def test_a_receiver_that_is_not_there_is_not_waited_for(client, anew):
     anew.setenv(tracing.ENDPOINTS[0], "http://127.0.0.1:1")
     anew.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    seconds = []
     with client:
-        begun = time.monotonic()
-        assert client.post("/v1/consensus", json=REQUEST).status_code == 200
-        assert time.monotonic() - begun < 2
+        for _ in range(4):  # the machine may stand still for a moment, but not each time
+            begun = time.monotonic()
+            assert client.post("/v1/consensus", json=REQUEST).status_code == 200
+            seconds.append(time.monotonic() - begun)
+    assert min(seconds) < 1

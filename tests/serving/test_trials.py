@@ -27,6 +27,8 @@ from serving.store import new_id, open_store
 from serving.tables import assignments, candidates, deliberations, experiments, exposures, ratings
 from serving.trial_analysis import analyse, overall, sequence_of
 
+pytestmark = pytest.mark.usefixtures("same_ids")
+
 
 @pytest.fixture
 def engine(sqlite_url):

@@ -19,11 +19,13 @@ def test_who_gives_up_is_passed_over():
 
     assert turns.take(0)
     threads = [threading.Thread(target=wait, args=one) for one in (("a", 60), ("b", 0.05), ("c", 60))]
-    for thread in threads:
+    for thread, in_line in zip(threads, (2, 0, 3)):  # in this order: a waits, b waits and gives up, c waits
         thread.start()
-        time.sleep(0.1)  # in this order
-    threads[1].join()
-    assert order == []
+        while len(turns._line) < in_line:
+            time.sleep(0.001)
+        if not in_line:
+            thread.join()
+    assert order == [] and len(turns._line) == 3
     turns.give_back()
     for thread in threads:
         thread.join()

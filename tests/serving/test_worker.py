@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 
 from deliberation.types import InputError
 from serving import worker as module
 from serving.worker import Refusal, Worker
+
+
+class Clock:
+    """The worker's time, which passes when it is told to."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = Clock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=found.monotonic))
+    return found
 
 
 class Gate:
@@ -21,7 +38,7 @@ class Gate:
 
     def work(self, name):
         self.ran.append(name)
-        assert self.opened.wait(10)
+        assert self.opened.wait(60)
         return name
 
 
@@ -64,11 +81,11 @@ async def test_refusals_are_values_and_other_errors_are_raised():
         await worker.run(lambda: 1 / 0)
 
 
-async def test_a_worker_that_makes_no_progress_fails_its_check():
+async def test_a_worker_that_makes_no_progress_fails_its_check(clock):
     worker, gate = Worker(0.2), Gate()
     tasks = await busy(worker, gate, "a", "b")
     await worker.check(lambda: pytest.fail("a busy model needs no probe"))
-    await asyncio.sleep(0.3)
+    clock.now += 0.3
     with pytest.raises(RuntimeError, match="2 requests wait"):
         await worker.check(lambda: None)
     gate.opened.set()
@@ -76,10 +93,10 @@ async def test_a_worker_that_makes_no_progress_fails_its_check():
     await worker.check(lambda: None)
 
 
-async def test_who_waits_for_stuck_work_is_told_so_and_who_waits_behind_it_is_not():
+async def test_who_waits_for_stuck_work_is_told_so_and_who_waits_behind_it_is_not(clock):
     worker, gate = Worker(0.2), Gate()
     first, second = await busy(worker, gate, "first", "second")
-    await asyncio.sleep(0.3)
+    clock.now += 0.3
     for _ in range(3):
         with pytest.raises(RuntimeError, match="2 requests wait"):
             await worker.check(lambda: None)
@@ -90,11 +107,12 @@ async def test_who_waits_for_stuck_work_is_told_so_and_who_waits_behind_it_is_no
     assert await second == "second"
 
 
-async def test_stuck_work_that_nobody_waits_for_fails_the_check_alike():
+async def test_stuck_work_that_nobody_waits_for_fails_the_check_alike(clock):
     worker, gate = Worker(0.2), Gate()
     first, second = await busy(worker, gate, "first", "second")
     first.cancel()
-    await asyncio.sleep(0.3)
+    await asyncio.wait({first})
+    clock.now += 0.3
     for _ in range(3):
         with pytest.raises(RuntimeError, match="2 requests wait"):
             await worker.check(lambda: None)
@@ -103,15 +121,14 @@ async def test_stuck_work_that_nobody_waits_for_fails_the_check_alike():
     assert await second == "second"
 
 
-async def test_an_idle_model_is_probed_and_one_that_worked_lately_is_not(monkeypatch):
-    monkeypatch.setattr(module, "PROBE_EVERY_S", 0.2)
+async def test_an_idle_model_is_probed_and_one_that_worked_lately_is_not(clock):
     worker, probes = Worker(10.0), []
-    for pause, expected in ((0, 1), (0, 1), (0.3, 2)):
-        await asyncio.sleep(pause)
+    for pause, expected in ((0, 1), (module.PROBE_EVERY_S, 1), (0.1, 2)):
+        clock.now += pause
         await worker.check(lambda: probes.append(1))
         assert len(probes) == expected
-    await asyncio.sleep(0.3)
-    await worker.run(time.monotonic)
+    clock.now += module.PROBE_EVERY_S + 0.1
+    await worker.run(clock.monotonic)
     await worker.check(lambda: pytest.fail("it has just worked"))
 
 
