@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from serving.checks import MAX_CANDIDATES, check_count, check_welfare
 from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL, ServeConfig
 from serving.experiments import MAX_ALPHA, MAX_ARMS, MAX_LOOKS, MAXIMUM, MINIMUM, Arm, Metric, Mode, Spec, propensities
-from serving.fields import Schema, Sent, StoredName
+from serving.fields import Few, Schema, Sent, StoredName
 from serving.trials import MAX_NAME_CHARS, Experiment
 
 
@@ -43,7 +43,7 @@ class NewExperiment(Sent):
     name: StoredName = Field(json_schema_extra={"minLength": 1, "maxLength": MAX_NAME_CHARS})
     """What it is called. Sent again with the same fields, it makes nothing twice."""
 
-    arms: list[ArmIn] = Field(json_schema_extra={"minItems": 2, "maxItems": MAX_ARMS})
+    arms: Annotated[list[ArmIn], Few] = Field(json_schema_extra={"minItems": 2, "maxItems": MAX_ARMS})
     """Two if ``paired``, two or more if ``between``."""
 
     mode: Mode = "paired"

@@ -75,7 +75,7 @@ def statements(value: list[str]) -> list[str]:
 
 
 def rectangle(value: list[list[float]]) -> list[list[float]]:
-    """Rows of one length, not empty and not too many (InputError)."""
+    """Rows of one length, not empty (InputError)."""
     if not value or not value[0] or len({len(row) for row in value}) > 1:
         shape = [len(row) for row in value][:10]
         raise InputError("utilities", f"rows of {shape}", "give one row a member, all of the same length, not empty")
