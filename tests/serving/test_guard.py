@@ -17,6 +17,7 @@ from stub import REQUEST, StubServices
 
 from serving.api import make_app
 from serving.config import ServeConfig
+from serving.fields import MAX_FIELDS
 from serving.guard import GROUP_PATHS, LOCAL_HOSTS, MAX_BODY_BYTES, MAX_SMALL_BODY_BYTES, Guard
 from serving.metrics import HELP, ProcessMetrics
 from serving.problems import MAX_ERRORS
@@ -84,6 +85,7 @@ import sys
 from fastapi.testclient import TestClient
 from serving.api import make_app
 from serving.config import ServeConfig
+from serving.fields import MAX_FIELDS
 from serving.guard import write_access_log
 from stub import StubServices
 
@@ -108,10 +110,10 @@ def test_in_a_process_without_logging_the_line_is_on_standard_error_once(tmp_pat
 
 
 def test_of_many_errors_the_first_are_named_and_the_others_counted(client):
-    answer = client.post("/v1/deliberations/x/members", json={str(k): 0 for k in range(2000)})
+    answer = client.post("/v1/deliberations/x/members", json={str(k): 0 for k in range(MAX_FIELDS)})
     problem = answer.json()
     assert answer.status_code == 422 and len(problem["errors"]) == MAX_ERRORS
-    assert problem["detail"].endswith(f"; and {2000 + 2 - MAX_ERRORS} more")  # invite and alias are missing too
+    assert problem["detail"].endswith(f"; and {MAX_FIELDS + 2 - MAX_ERRORS} more")  # invite and alias are missing too
     assert len(answer.content) < 10_000
     few = client.post("/v1/deliberations/x/members", json={str(k): 0 for k in range(MAX_ERRORS - 2)}).json()
     assert len(few["errors"]) == MAX_ERRORS and "more" not in few["detail"]
