@@ -85,7 +85,6 @@ import sys
 from fastapi.testclient import TestClient
 from serving.api import make_app
 from serving.config import ServeConfig
-from serving.fields import MAX_FIELDS
 from serving.guard import write_access_log
 from stub import StubServices
 
