@@ -28,7 +28,7 @@ class Sent(Schema):
     @classmethod
     def _few_fields(cls, value: Any) -> Any:
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
-            raise InputError("body", f"{len(value)} fields", "see /docs for the fields there are")
+            raise InputError("body", f"{len(value)} fields", f"give at most {MAX_FIELDS}, those of /docs")
         return value
 
 
