@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
@@ -27,8 +28,23 @@ RAY_ENVIRONMENT = {
 }
 """What differs from Ray's defaults; a variable that is set already stands."""
 
-HAPROXY_PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
-"""Ports of its counts; the usual ones may be another service's."""
+PORTS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",  # Ray's proxy, behind HAProxy where no replica of the interface runs
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)
+REPLICA_PORTS = ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT")
+"""The interface's replicas listen from the one up to the other, which is left out.
+
+By default every Ray has the same, and proxies of one user may share a port: requests of one service then reach
+another.
+"""
+
+BLOCK = 250
+"""Ports of one Ray: one that a replica has left rests for some minutes, at a replica lost every 3 s some 50."""
+BLOCKS = range(20_000, 32_500, BLOCK)
+"""First ports: above those of Ray's workers, below those that systems give to connections."""
 
 HAPROXY_FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
@@ -42,12 +58,36 @@ HAPROXY_FILES = {
 Short names: a socket's path has 97 characters at most, 57 of them the name Ray gives the node."""
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+def _binds(probe: socket.socket, port: int) -> bool:
+    """Whether the port of every interface was free, and is the socket's now."""
+    try:
+        probe.bind(("", port))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return _binds(probe, port)
+
+
+@contextmanager
+def _block_of_ports() -> Iterator[range]:
+    """A block of ports that is no other service's as long as this lasts: its first, which it leaves out, is held.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    for first in BLOCKS:
+        block = range(first + 1, first + BLOCK)
+        with socket.socket() as claim:  # never listens
+            if _binds(claim, first) and all(map(_is_free, block[: len(PORTS)])):
+                yield block
+                return
+    raise RuntimeError(f"no {BLOCK} ports from {BLOCKS.start} to {BLOCKS.stop} are free; stop another service")
 
 
 @contextmanager
@@ -56,9 +96,10 @@ def serving_settings() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="ha-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="ha-", ignore_cleanup_errors=True) as folder, _block_of_ports() as block:
         wanted = RAY_ENVIRONMENT | {name: str(Path(folder, file)) for name, file in HAPROXY_FILES.items()}
-        wanted |= dict(zip(HAPROXY_PORTS, map(str, _free_ports(len(HAPROXY_PORTS))), strict=True))
+        numbers = [*block[: len(PORTS)], block[len(PORTS)], block.stop]
+        wanted |= {name: str(port) for name, port in zip((*PORTS, *REPLICA_PORTS), numbers, strict=True)}
         ours = {name: value for name, value in wanted.items() if name not in os.environ}
         os.environ.update(ours)
         try:

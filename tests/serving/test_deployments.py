@@ -37,7 +37,7 @@ from serving.best_of_n import best_of_n
 from serving.config import ServeConfig
 from serving.deployments import build, curl_line, model_folder, read_settings, running_service
 from serving.local import LocalJudge, LocalSampler
-from serving.own_ray import HAPROXY_FILES, HAPROXY_PORTS
+from serving.own_ray import HAPROXY_FILES, PORTS, REPLICA_PORTS
 from serving.problems import Overloaded
 from serving.remote import TRIES, RemoteServices, call
 from serving.schemas import ConsensusRequest
@@ -360,7 +360,8 @@ def receiver():
 
 
 @pytest.mark.slow
-def test_serve_runs_until_its_group_is_told_to_end_and_leaves_nothing(folders, tmp_path, receiver):
+def test_serve_runs_until_its_group_is_told_to_end_and_leaves_nothing(folders, tmp_path, receiver, ray_cluster):
+    serve.start()  # another service on this machine
     temporary = tmp_path / "t"
     temporary.mkdir()
     short = Path("/tmp") / f"s{os.getpid()}"  # Ray's socket names must be short
@@ -370,7 +371,7 @@ def test_serve_runs_until_its_group_is_told_to_end_and_leaves_nothing(folders, t
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(short), "HOME": str(tmp_path)}
     environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = receiver.url
     del environment["RAY_AUTH_MODE"]  # the service must settle it by itself
-    for name in (*HAPROXY_FILES, *HAPROXY_PORTS):  # of the session's Ray
+    for name in (*HAPROXY_FILES, *PORTS, *REPLICA_PORTS):  # of the session's Ray
         environment.pop(name, None)
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -386,6 +387,8 @@ def test_serve_runs_until_its_group_is_told_to_end_and_leaves_nothing(folders, t
         line = next(line for line in process.stdout if line.startswith("Serving on "))
         url = line.split()[2]
         assert ask(url, body={**REQUEST, "n": 2})[0] == 200
+        theirs, ours = listening(process.pid), listening(os.getpid(), but=process.pid)
+        assert int(os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"]) in ours and not ours & theirs
         counts = tokens_counted(url)
         assert counts["prompt"] > counts["completion"] > 0
         kill_proxy(process.pid)
@@ -420,6 +423,15 @@ def tokens_counted(url):
             return {kind: float(value) for kind, value in found}
         assert time.monotonic() < deadline
         time.sleep(1)
+
+
+def listening(pid, but=None):
+    """Ports at which the process and its descendants listen, but for one with its own."""
+    if pid == but:
+        return set()
+    process = psutil.Process(pid)
+    ports = {one.laddr.port for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+    return ports.union(*(listening(child.pid, but) for child in process.children()))
 
 
 def kill_proxy(pid):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
-from serving.own_ray import HAPROXY_FILES, HAPROXY_PORTS, RAY_ENVIRONMENT, serving_settings
+from serving.own_ray import BLOCKS, HAPROXY_FILES, PORTS, RAY_ENVIRONMENT, REPLICA_PORTS, serving_settings
+
+SETTINGS = (*RAY_ENVIRONMENT, *HAPROXY_FILES, *PORTS, *REPLICA_PORTS)
 
 
 @pytest.fixture
 def environment(monkeypatch):
     """Without the settings, whatever the session's Ray was started with."""
-    for name in (*RAY_ENVIRONMENT, *HAPROXY_FILES, *HAPROXY_PORTS):
+    for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("serving.own_ray.ray.is_initialized", lambda: False)
 
@@ -25,7 +28,9 @@ def test_the_settings_stand_as_long_as_the_ray_and_leave_nothing(environment):
         folders = {Path(os.environ[name]).parent for name, file in HAPROXY_FILES.items() if file}
         (folder,) = folders
         assert folder.stat().st_mode & 0o077 == 0  # its command socket is open to whoever reaches it
-        assert len({os.environ[name] for name in HAPROXY_PORTS}) == len(HAPROXY_PORTS)
+        first, end = (int(os.environ[name]) for name in REPLICA_PORTS)
+        assert {int(os.environ[name]) for name in PORTS} == set(range(first - len(PORTS), first))
+        assert end - first > 100
     assert dict(os.environ) == before and not folder.exists()
 
 
@@ -41,3 +46,33 @@ def test_a_ray_that_runs_keeps_its_own(environment, monkeypatch):
     before = dict(os.environ)
     with serving_settings():
         assert dict(os.environ) == before
+
+
+def ports():
+    """All that the environment gives a Ray."""
+    return {int(os.environ[name]) for name in PORTS} | set(range(*(int(os.environ[name]) for name in REPLICA_PORTS)))
+
+
+def test_two_services_on_a_machine_have_no_port_in_common(environment, monkeypatch):
+    with serving_settings():
+        ours = ports()
+        with monkeypatch.context() as other:
+            for name in SETTINGS:
+                other.delenv(name)
+            with serving_settings():
+                assert not ours & ports()
+
+
+def test_a_block_whose_port_another_program_has_is_left_alone(environment):
+    with serving_settings():
+        taken = min(ports())
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", taken))
+        with serving_settings():
+            assert taken not in ports()
+
+
+def test_a_machine_without_a_free_block_is_told(environment, monkeypatch):
+    monkeypatch.setattr("serving.own_ray._is_free", lambda port: False)
+    with pytest.raises(RuntimeError, match=f"from {BLOCKS.start} to {BLOCKS.stop} are free"), serving_settings():
+        pass
