@@ -173,7 +173,7 @@ def running_service(config: ServeConfig) -> Iterator[str]:
     application = build(config)
     config = replace(config, port=_port(config.host, config.port))
     ours = not ray.is_initialized()
-    with serving_settings(), local_ray():
+    with serving_settings(config.port), local_ray():
         check_database(config)  # Serve would only say that Api does not start
         timeout = config.request_timeout_s + 10  # the ingress answers 504 first, in our words
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=timeout))

@@ -75,8 +75,11 @@ def _is_free(port: int) -> bool:
 
 
 @contextmanager
-def _block_of_ports() -> Iterator[range]:
+def _own_ports(without: int) -> Iterator[range]:
     """A block of ports that is no other service's as long as this lasts: its first, which it leaves out, is held.
+
+    Args:
+        without: a port that the block must not hold.
 
     Raises:
         RuntimeError: if there is none.
@@ -84,21 +87,28 @@ def _block_of_ports() -> Iterator[range]:
     for first in BLOCKS:
         block = range(first + 1, first + BLOCK)
         with socket.socket() as claim:  # never listens
-            if _binds(claim, first) and all(map(_is_free, block[: len(PORTS)])):
+            if without not in (first, *block) and _binds(claim, first) and all(map(_is_free, block[: len(PORTS)])):
                 yield block
                 return
     raise RuntimeError(f"no {BLOCK} ports from {BLOCKS.start} to {BLOCKS.stop} are free; stop another service")
 
 
 @contextmanager
-def serving_settings() -> Iterator[None]:
-    """The environment a Ray of our own starts with, as long as it runs; nothing where this process has one already."""
+def serving_settings(port: int = 0) -> Iterator[None]:
+    """The environment a Ray of our own starts with, as long as it runs; nothing where this process has one already.
+
+    Args:
+        port: the one the service will listen on; no other of Ray's may be that.
+
+    Raises:
+        RuntimeError: if the machine has no ports left.
+    """
     if ray.is_initialized():
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="ha-", ignore_cleanup_errors=True) as folder, _block_of_ports() as block:
+    with tempfile.TemporaryDirectory(prefix="ha-", ignore_cleanup_errors=True) as folder, _own_ports(port) as own:
         wanted = RAY_ENVIRONMENT | {name: str(Path(folder, file)) for name, file in HAPROXY_FILES.items()}
-        numbers = [*block[: len(PORTS)], block[len(PORTS)], block.stop]
+        numbers = [*own[: len(PORTS)], own[len(PORTS)], own.stop]
         wanted |= {name: str(port) for name, port in zip((*PORTS, *REPLICA_PORTS), numbers, strict=True)}
         ours = {name: value for name, value in wanted.items() if name not in os.environ}
         os.environ.update(ours)

@@ -72,6 +72,14 @@ def test_a_block_whose_port_another_program_has_is_left_alone(environment):
             assert taken not in ports()
 
 
+def test_the_port_a_service_listens_on_is_in_no_block(environment):
+    with serving_settings():
+        first = min(ports()) - 1  # held, and in none of the variables
+    for port in (first, first + 1, first + 9):
+        with serving_settings(port):
+            assert min(ports()) - 1 > port
+
+
 def test_a_machine_without_a_free_block_is_told(environment, monkeypatch):
     monkeypatch.setattr("serving.own_ray._is_free", lambda port: False)
     with pytest.raises(RuntimeError, match=f"from {BLOCKS.start} to {BLOCKS.stop} are free"), serving_settings():
