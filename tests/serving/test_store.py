@@ -49,6 +49,30 @@ def test_on_two_nodes_the_service_refuses_sqlite_and_says_why(sqlite_url, postgr
         assert connection.execute(select(func.count()).select_from(lineage)).scalar() == 0
 
 
+def test_a_file_that_another_is_making_is_waited_for(sqlite_url):
+    file = Path(sqlite_url.removeprefix("sqlite:///"))
+    file.parent.mkdir()
+    with closing(sqlite3.connect(file, isolation_level=None)) as other, ThreadPoolExecutor(1) as thread:
+        other.execute("BEGIN IMMEDIATE")  # here SQLite refuses to turn its log on, without the wait it has elsewhere
+        opened = thread.submit(open_store, sqlite_url)
+        with pytest.raises(TimeoutError):
+            opened.result(timeout=0.5)
+        other.execute("COMMIT")
+        with opened.result(timeout=60).connect() as connection:
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+
+
+def test_a_file_that_stays_locked_is_told(sqlite_url, monkeypatch):
+    monkeypatch.setattr(store, "BUSY_TIMEOUT_S", 0.1)
+    file = Path(sqlite_url.removeprefix("sqlite:///"))
+    file.parent.mkdir()
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(InputError, match="locked") as caught:
+            open_store(sqlite_url)
+    assert caught.value.field == "database"
+
+
 def test_no_writer_is_lost_among_many(store_url):
     engine = open_store(store_url)
 
