@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from benchmarks._ports import held_port
 
 ROOT = Path(__file__).parents[1]
 EMBEDDED = ROOT / "configs" / "embedded" / "serve.yaml"
@@ -33,11 +34,8 @@ def running(log: Path, **keys: Any) -> Iterator[str]:
     Raises:
         RuntimeError: if it ends, or is not up within two minutes; with what it said.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks._local_service", json.dumps(keys | {"port": port}, default=str)]
-    with log.open("w") as said:
+    with held_port() as port, log.open("w") as said:
+        command = [sys.executable, "-m", "benchmarks._local_service", json.dumps(keys | {"port": port}, default=str)]
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
+
+from benchmarks._ports import held_port
 
 PACKAGE = "PostgreSQL's initdb is not on this machine; install the Debian package postgresql (15 or later)"
 SUPERUSER = "owner"
@@ -78,13 +79,12 @@ def running(**settings: str) -> Iterator[Server]:
     """
     initdb, postgres = find("initdb"), find("postgres")
     user = "postgres" if os.getuid() == 0 else None  # PostgreSQL refuses to run as root
-    with tempfile.TemporaryDirectory(prefix="pg-", ignore_cleanup_errors=True) as place:
+    with tempfile.TemporaryDirectory(prefix="pg-", ignore_cleanup_errors=True) as place, held_port() as port:
         if user is not None:
             shutil.chown(place, user)
         folder, log = Path(place) / "data", Path(place) / "log"
         create = [initdb, "-D", folder, "-U", SUPERUSER, "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
         subprocess.run(create, check=True, user=user, cwd=place, stdout=subprocess.DEVNULL)
-        port = _free_port()
         words = [postgres, "-D", folder, "-p", str(port), "-h", "127.0.0.1", "-k", place]
         for name, value in settings.items():
             words += ["-c", f"{name}={value}"]
@@ -92,7 +92,7 @@ def running(**settings: str) -> Iterator[Server]:
             command = ["sh", "-c", _UNTIL_WE_ARE_GONE, "sh", *words]
             process = subprocess.Popen(command, user=user, cwd=place, stdin=subprocess.PIPE, stdout=out, stderr=out)
         try:
-            server, deadline = Server(port), time.monotonic() + 60
+            server, deadline = Server(port), time.monotonic() + 300
             while not server.answers():
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"PostgreSQL does not start: {log.read_text()}")
@@ -100,9 +100,3 @@ def running(**settings: str) -> Iterator[Server]:
             yield server
         finally:
             process.communicate()  # closes its standard input
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -171,7 +171,7 @@ def model_processes() -> list[psutil.Process]:
     return [one for one in found if one.ppid() in {other.pid for other in found}]
 
 
-def wait_for_replicas(count: int, timeout_s: float = 120.0) -> None:
+def wait_for_replicas(count: int, timeout_s: float = 600.0) -> None:
     """Until that many run.
 
     Raises:

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 import httpx
 from sqlalchemy import Connection, Engine, select
 
+from benchmarks._ports import held_port
 from benchmarks._postgres import running
 from serving.client import Client
 from serving.session_client import Organiser, Participant
@@ -160,9 +160,11 @@ def judge(engine: Engine, said: dict[str, list[tuple[str, int, int, int]]]) -> d
 
 def run(database: str, kills: int, seed: int) -> dict[str, Any]:
     """Kill ``kills`` times; what was acknowledged, and what is there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with held_port() as port:  # also while the server is down
+        return _run(database, kills, seed, port)
+
+
+def _run(database: str, kills: int, seed: int, port: int) -> dict[str, Any]:
     url, rng, server = f"http://127.0.0.1:{port}", random.Random(seed), Server(database, port)
     stop, told = threading.Event(), defaultdict[str, list[tuple[str, int, int, int]]](list)
     threads: list[threading.Thread] = []

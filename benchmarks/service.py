@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
+from benchmarks._ports import held_port
 from reward.actor import local_ray
 from serving.config import ServeConfig
 from serving.deployments import running_service
@@ -86,8 +86,8 @@ def body(number: int) -> dict[str, Any]:
 
 def overhead(database: str, requests: int, rate: float) -> dict[str, Any]:
     """Latency at a steady rate, models that take no time, milliseconds."""
-    config = ServeConfig(database=database, port=_free_port())
-    with serving_settings(), local_ray():  # as running_service starts it
+    with held_port() as port, serving_settings(port), local_ray():  # as running_service starts it
+        config = ServeConfig(database=database, port=port)
         serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
         application = Api.bind({"default": NoPolicy.bind()}, {"default": NoReward.bind()}, config)  # type: ignore[attr-defined]
         serve.run(application, name="overhead", route_prefix="/")
@@ -140,24 +140,25 @@ def work(url: str, clients: int, requests: int) -> dict[str, float]:
 @contextmanager
 def plain_server() -> Iterator[str]:
     """The plain script, in a process of its own."""
-    port = _free_port()
-    words = [sys.executable, "-m", "benchmarks._service_plain", "--port", str(port), "--new_tokens", str(NEW_TOKENS)]
-    process = subprocess.Popen([*words, "--temperature", str(TEMPERATURE)], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                httpx.get(f"{url}/openapi.json", trust_env=False)
-                break
-            except httpx.TransportError:
-                if time.monotonic() > deadline or process.poll() is not None:
-                    raise
-                time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
+    with held_port() as port:
+        settings = ["--port", str(port), "--new_tokens", str(NEW_TOKENS), "--temperature", str(TEMPERATURE)]
+        words = [sys.executable, "-m", "benchmarks._service_plain", *settings]
+        process = subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        url = f"http://127.0.0.1:{port}"
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                try:
+                    httpx.get(f"{url}/openapi.json", trust_env=False)
+                    break
+                except httpx.TransportError:
+                    if time.monotonic() > deadline or process.poll() is not None:
+                        raise
+                    time.sleep(0.2)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def side_by_side(config: ServeConfig, runs: int, requests: int) -> list[dict[str, Any]]:
@@ -179,12 +180,6 @@ def side_by_side(config: ServeConfig, runs: int, requests: int) -> list[dict[str
             rows.append({"clients": clients, **medians, "ratio": round(ratio, 2)})
             print(json.dumps(rows[-1]), file=sys.stderr)
     return rows
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> None:

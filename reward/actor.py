@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -82,7 +83,16 @@ def local_ray() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)  # Ray's log writers may still be closing their files
+        _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Remove Ray's folder. Its log writers may still be closing their files: what comes back is removed again."""
+    deadline = time.monotonic() + 10
+    shutil.rmtree(folder, ignore_errors=True)
+    while os.path.exists(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from reward.preference import check_ensemble
 from serving.ask import KEY_VARIABLE
 from serving.config import DEFAULT_POLICY, DEFAULT_PREFERENCE_MODEL, ServeConfig, server_of
 from serving.ingress import Api, check_database
-from serving.own_ray import serving_settings
+from serving.own_ray import own_ports, serving_settings
 from serving.replicas import Policy, Reward, ServerPolicy
 from serving.schemas import EXAMPLES
 from serving.store import absolute
@@ -171,12 +171,11 @@ def running_service(config: ServeConfig) -> Iterator[str]:
         RuntimeError: if a model cannot be loaded or the service is not ready within ``READY_TIMEOUT_S``.
     """
     application = build(config)
-    config = replace(config, port=_port(config.host, config.port))
     ours = not ray.is_initialized()
-    with serving_settings(config.port), local_ray():
+    with _port(config.host, config.port) as port, serving_settings(port), local_ray():
         check_database(config)  # Serve would only say that Api does not start
         timeout = config.request_timeout_s + 10  # the ingress answers 504 first, in our words
-        serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=timeout))
+        serve.start(http_options=HTTPOptions(host=config.host, port=port, request_timeout_s=timeout))
         address = _get_global_client().http_config  # not ours where Serve ran already
         try:
             serve.run(application, name=APPLICATION, route_prefix="/")
@@ -213,19 +212,24 @@ def curl_line(url: str, keys: bool = False) -> str:
     return f"curl -s {url}/v1/consensus{key} -H 'Content-Type: application/json' -d {body}"
 
 
-def _port(host: str, port: int) -> int:
-    """``port`` if it is free, a free one for 0.
+@contextmanager
+def _port(host: str, port: int) -> Iterator[int]:
+    """``port`` if it is free; for 0, one that is nobody else's as long as this lasts.
 
     Raises:
         InputError: if it is taken.
     """
+    if port == 0:
+        with own_ports() as ports:
+            yield ports[0]
+        return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free
         try:
             probe.bind((host, port))
         except OSError as error:
             raise InputError("port", port, f"cannot listen there ({error.strerror}); choose another") from error
-        return int(probe.getsockname()[1])
+    yield port
 
 
 def _wait_until_ready(url: str) -> None:

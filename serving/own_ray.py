@@ -20,7 +20,8 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
     "RAY_SERVE_HAPROXY_RETRIES": "10",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a lost HTTP proxy is back in seconds, by default in half a minute
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "3",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "10",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # by default one that takes 5 s to start is started anew
     # One thread a replica, whose code waits and does not compute: no hand-over between three
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -75,8 +76,10 @@ def _is_free(port: int) -> bool:
 
 
 @contextmanager
-def _own_ports(without: int) -> Iterator[range]:
+def own_ports(without: int = 0) -> Iterator[range]:
     """A block of ports that is no other service's as long as this lasts: its first, which it leaves out, is held.
+
+    Systems do not give them to connections, as they do one that was looked up by binding to port 0.
 
     Args:
         without: a port that the block must not hold.
@@ -106,7 +109,7 @@ def serving_settings(port: int = 0) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="ha-", ignore_cleanup_errors=True) as folder, _own_ports(port) as own:
+    with tempfile.TemporaryDirectory(prefix="ha-", ignore_cleanup_errors=True) as folder, own_ports(port) as own:
         wanted = RAY_ENVIRONMENT | {name: str(Path(folder, file)) for name, file in HAPROXY_FILES.items()}
         numbers = [*own[: len(PORTS)], own[len(PORTS)], own.stop]
         wanted |= {name: str(port) for name, port in zip((*PORTS, *REPLICA_PORTS), numbers, strict=True)}

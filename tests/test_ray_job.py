@@ -16,28 +16,23 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from serving.own_ray import own_ports
+
 import stage_inputs
 
 ROOT = Path(__file__).parents[1]
 NOT_SHIPPED = [".git", ".venv", "runs", "tests", "**/__pycache__"]
 
 
-def free_ports(n: int) -> list[int]:
-    """``n`` different free ports, so that the cluster meets no other Ray on the machine."""
-    sockets = [socket.socket() for _ in range(n)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
 @pytest.fixture(scope="module")
 def job_client():
     """A job client of a fresh local cluster (head only, dashboard on loopback), ended whatever happens."""
-    gcs, dashboard, listen, grpc, client, metrics = free_ports(6)
+    # Not those that the system draws from: Ray draws dozens of them itself before it comes to the last that it is told.
+    with own_ports() as ports:
+        yield from _cluster(*ports[:6])
+
+
+def _cluster(gcs: int, dashboard: int, listen: int, grpc: int, client: int, metrics: int):
     # Ray's sockets lie below this folder, and a socket's path may have 107 bytes at most.
     temp = tempfile.mkdtemp(prefix="rj-", dir="/tmp")
     command = [
@@ -53,26 +48,27 @@ def job_client():
     with log.open("w") as output:
         head = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     try:
-        yield connect(f"http://127.0.0.1:{dashboard}", head, log)
+        yield connect(f"http://127.0.0.1:{dashboard}", listen, head, log)
     finally:
         # `ray start --block` ends all processes of its own node on SIGTERM, and only those.
         head.terminate()
         try:
-            head.wait(timeout=30)
+            head.wait(timeout=120)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
             head.wait()
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def connect(address: str, head: subprocess.Popen, log: Path) -> JobSubmissionClient:
-    """Wait up to two minutes for the job server."""
-    deadline = time.monotonic() + 120
+def connect(address: str, agent: int, head: subprocess.Popen, log: Path) -> JobSubmissionClient:
+    """Wait for the job server, and for the node's agent: the server waits ten seconds for it, then refuses a job."""
+    deadline = time.monotonic() + 600
     while True:
         assert head.poll() is None, f"the cluster ended: {log.read_text()[-3000:]}"
         try:
+            socket.create_connection(("127.0.0.1", agent), timeout=60).close()
             return JobSubmissionClient(address)
-        except (ConnectionError, RuntimeError):
+        except (OSError, RuntimeError):
             assert time.monotonic() < deadline, f"no job server: {log.read_text()[-3000:]}"
             time.sleep(1)
 
@@ -103,7 +99,7 @@ def test_ppo_as_a_ray_job(job_client, tmp_path):
             "env_vars": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"},
         },
     )
-    status = finish(job_client, job, seconds=400)
+    status = finish(job_client, job, seconds=1200)
     logs = job_client.get_job_logs(job)
     assert status == JobStatus.SUCCEEDED, logs[-5000:]
     # It trained: two updates in the state that the Trainer keeps, and a policy that transformers can load.
@@ -122,6 +118,6 @@ def test_bad_input_fails_the_job_in_one_line(job_client, tmp_path):
             "env_vars": {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"},
         },
     )
-    assert finish(job_client, job, seconds=200) == JobStatus.FAILED
+    assert finish(job_client, job, seconds=600) == JobStatus.FAILED
     logs = job_client.get_job_logs(job)
     assert "welfare = 'kindness'" in logs and "Traceback" not in logs

@@ -37,7 +37,7 @@ def with_deepspeed(settings: dict, joined: bool = True) -> dict:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; this one would be compiled first
     if joined:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        PartialState(backend="gloo", timeout=timedelta(seconds=100))  # a process that waits in vain must end
+        PartialState(backend="gloo", timeout=timedelta(seconds=300))  # a process that waits in vain must end
     return {"deepspeed": settings, "use_cpu": False, "accelerator_config": {"use_configured_state": joined}}
 
 

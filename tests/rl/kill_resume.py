@@ -35,7 +35,7 @@ SETTINGS = dict(
 
 
 def slow_reward(prompts, completions, **columns):
-    time.sleep(0.01)  # long enough to be hit
+    time.sleep(0.05)  # long enough to be hit, also by a killer that had to wait for a core
     return ascii_share(prompts, completions)
 
 

@@ -198,7 +198,7 @@ def test_whitening_on_two_processes_equals_one(tmp_path):
     processes = [context.Process(target=_whiten_on_rank, args=a) for a in args]
     for process in processes:
         process.start()
-    parts = dict(out.get(timeout=60) for _ in processes)
+    parts = dict(out.get(timeout=600) for _ in processes)
     for process in processes:
         process.join()
     both = torch.cat([torch.from_numpy(parts[0]), torch.from_numpy(parts[1])])

@@ -25,7 +25,7 @@ from rl.train import PPOScriptConfig, main, train_ppo
 import stage_inputs
 
 KEYS = {
-    "max_steps": 4,
+    "max_steps": 8,  # the kill comes after two; on a busy machine it may come some updates late
     "num_prompts": 2,
     "num_generations": 2,
     "num_mini_batches": 1,
@@ -73,7 +73,7 @@ def undisturbed(inputs, tmp_path_factory) -> dict:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cli", "ppo"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, *launch, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return end_of(run)
 
@@ -112,7 +112,7 @@ def test_ray_train_ends_as_torchrun_does_whoever_is_killed(victim, undisturbed, 
     main(config)
     assert len(killed) == 1
     assert same(end_of(run), undisturbed)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while left := processes("RewardActor") + processes("RayTrainWorker"):  # nobody is left behind
         assert time.monotonic() < deadline, left
         time.sleep(0.1)

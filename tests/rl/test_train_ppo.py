@@ -201,7 +201,7 @@ def test_a_ray_of_its_own_asks_for_a_token_and_leaves_nothing(tmp_path, folders)
         for name in ("RAY_AUTH_MODE", "RAY_ADDRESS"):
             environment.pop(name, None)
         words = [sys.executable, "-c", OWN_RAY, folders[1], str(tmp_path / "run")]
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.strip().endswith("token (1, 1)")
         assert list(Path(short).glob("consensus-*")) == []

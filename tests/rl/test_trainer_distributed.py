@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -19,18 +18,12 @@ from rl.checkpoints import damage
 HERE = Path(__file__).parent
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def launch(processes: int, *words: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), *address, *words]
-    return subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=300)
+    # Alone on the machine: torchrun listens on a port of its own choice. One looked up here could be another's by then.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words]
+    return subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=900)
 
 
 def train(folder: Path, layout: str, processes: int) -> dict:

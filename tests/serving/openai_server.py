@@ -1,14 +1,17 @@
-"""A small server that speaks the OpenAI completions protocol, with faults to order: ``python openai_server.py``.
+"""A small server that speaks the OpenAI completions protocol, with faults to order.
 
 Its completions are a pure function of prompt, seed and index, as the protocol's ``seed`` promises. Like vLLM it lists
 its models, says how many tokens (here: words) it read and wrote, and refuses with 400 a prompt that does not fit its
 context. ``POST /faults`` says what goes wrong with the next requests, one word each.
+
+``python openai_server.py SOCKET``: the number of an inherited one, which listens already.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import socket
 import sys
 from typing import Any
 
@@ -85,4 +88,5 @@ def choice(body: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
+    door = socket.socket(fileno=int(sys.argv[1]))
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[door])

@@ -41,9 +41,17 @@ def test_a_text_is_readable_where_a_model_is_given_some_of_it(blank, text):
 )
 def test_the_largest_group_is_checked_without_going_through_its_texts(opinion):
     text = (opinion * MAX_OPINION_CHARS)[: MAX_OPINION_CHARS - 1] + "a"
-    started = time.process_time()
-    make_plan("Should tea be free?", [text] * MAX_MEMBERS, n=64, welfare="nash", seed=0)
-    between = time.process_time()
-    for _ in range(MAX_MEMBERS):
-        one_line(text)
-    assert between - started < (time.process_time() - between) / 2
+    checked = least_seconds(
+        lambda: make_plan("Should tea be free?", [text] * MAX_MEMBERS, n=64, welfare="nash", seed=0)
+    )
+    assert checked < least_seconds(lambda: [one_line(text) for _ in range(MAX_MEMBERS)]) / 2
+
+
+def least_seconds(work):
+    """Of this thread on a core, the least of some tries: whoever shares the core slows down one of them or another."""
+    found = []
+    for _ in range(5):
+        started = time.thread_time()
+        work()
+        found.append(time.thread_time() - started)
+    return min(found)

@@ -160,7 +160,7 @@ def test_the_same_facts_have_the_same_id():
 
 
 def test_a_folder_is_worked_on_by_one_process_and_its_children(tmp_path):
-    code = "import sys, time; print('up', flush=True); time.sleep(60)"
+    code = "import sys, time; print('up', flush=True); time.sleep(600)"
     with alone(tmp_path) as lock:
         with pytest.raises(InputError, match="another process"), alone(tmp_path):
             pass
@@ -382,7 +382,7 @@ def what_was_exported(out: Path) -> set[tuple]:
 
 def until(process, met):
     """Wait for something that the process does."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not met():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
@@ -409,14 +409,14 @@ def test_sigterm_reaches_the_training_and_the_same_command_goes_on(tmp_path, sql
     first = subprocess.Popen(words, **pipes)
     until(first, lambda: 2 in steps())
     first.send_signal(signal.SIGTERM)  # to it alone, as a supervisor does
-    said, _ = first.communicate(timeout=60)
+    said, _ = first.communicate(timeout=300)
     assert first.returncode == PREEMPTED and "goes on from here" in said, said
     (checkpoint,) = (out / "ppo").glob("checkpoint-*")  # save_steps is never reached: the signal's
     assert recorded(engine, kind="preference") and not recorded(engine, kind="ppo")
     with alone(out):  # the training is over too
         before, done = log.read_text(), max(steps())
     assert f"checkpoint-{done}" == checkpoint.name and done < 30
-    again = subprocess.run(words, timeout=120, check=False, **pipes)
+    again = subprocess.run(words, timeout=600, check=False, **pipes)
     assert again.returncode == 0, again.stdout
     assert [made.kind for made in made_by(engine, out)] == ["export", "preference", "ppo"]
     assert log.read_text().startswith(before) and set(steps()) - {0} == set(range(1, 31))
@@ -429,14 +429,14 @@ def test_a_training_that_dies_of_the_signal_gives_a_shells_exit_code(tmp_path, h
         "import sys, pathlib; from serving.steps import Step, alone, run_here\n"
         "with alone(pathlib.Path(sys.argv[1])) as lock: run_here(Step('sft', ('--help',), 'lin_1'), lock)"
     )
-    (tmp_path / "cli.py").write_text(f"{heed}import time; print('up', flush=True); time.sleep(60)")
+    (tmp_path / "cli.py").write_text(f"{heed}import time; print('up', flush=True); time.sleep(600)")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     parent = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "run")], env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout.readline() == "up\n"
     parent.terminate()
-    assert parent.wait(timeout=30) == 128 + signal.SIGTERM
+    assert parent.wait(timeout=120) == 128 + signal.SIGTERM
     with alone(tmp_path / "run"):
         pass
 

@@ -121,7 +121,7 @@ def test_what_is_committed_out_of_turn_is_waited_for(postgres_url):
     time.sleep(0.3)
     assert reader.is_alive() and not found
     slow.commit()
-    reader.join(timeout=10)
+    reader.join(timeout=60)
     assert found == [2, 7, 8, 9]
     slow.execute(a_rating("mbr_0", "can_0", 3))  # and a writer who gives up holds nobody up for good
     slow.rollback()

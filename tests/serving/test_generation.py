@@ -25,7 +25,7 @@ def services():
 
 @pytest.fixture
 def config(store_url):
-    return ServeConfig(database=store_url, background_timeout_s=0.3)
+    return ServeConfig(database=store_url, background_timeout_s=60)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def room(services, config):
         yield Room(client)
 
 
-def settled(room, within_s=10.0):
+def settled(room, within_s=60.0):
     """The deliberation once nothing is being written."""
     deadline = time.monotonic() + within_s
     while (found := room.client.get(f"{PATH}/{room.id}").json())["state"] == "generating":
@@ -43,13 +43,14 @@ def settled(room, within_s=10.0):
     return found
 
 
-def test_out_of_time_the_opinions_are_open_again(services, room):
+def test_out_of_time_the_opinions_are_open_again(services, room, config):
     services.gate = asyncio.Event()  # the policy never answers
+    config.background_timeout_s = 0.3
     assert room.do("generate").status_code == 202
     found = settled(room)
     assert found["state"] == "collecting" and found["problem"]["type"].endswith(":out-of-time")
     assert services.calls == 1
-    services.gate = None
+    services.gate, config.background_timeout_s = None, 60  # what is to succeed has time, however busy the machine is
     assert room.do("generate").status_code == 202
     assert settled(room)["state"] == "rating"
 

@@ -33,35 +33,24 @@ SAMPLING = Sampling(max_new_tokens=20, temperature=0.7, top_p=0.9)
 @pytest.fixture(scope="module")
 def server():
     """URL of the server; it runs for the module."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, str(Path(__file__).parent / "openai_server.py"), str(port)])
-    url = f"http://127.0.0.1:{port}"
+    with socket.create_server(("127.0.0.1", 0)) as door:  # the server's from the start: none can come in between
+        url = f"http://127.0.0.1:{door.getsockname()[1]}"
+        words = [sys.executable, str(Path(__file__).parent / "openai_server.py"), str(door.fileno())]
+        process = subprocess.Popen(words, pass_fds=[door.fileno()])
     try:
-        wait_for(url)
+        httpx.get(f"{url}/seen", trust_env=False, timeout=300)  # answered as soon as it is up
         yield url
     finally:
         process.kill()
         process.wait()
 
 
-def wait_for(url):
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return httpx.get(f"{url}/seen", trust_env=False)
-        except httpx.ConnectError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
-
 def order_faults(url, *faults):
-    httpx.post(f"{url}/faults", json=list(faults), trust_env=False)
+    httpx.post(f"{url}/faults", json=list(faults), trust_env=False, timeout=60)
 
 
 def bodies(url):
-    return httpx.get(f"{url}/seen", trust_env=False).json()
+    return httpx.get(f"{url}/seen", trust_env=False, timeout=60).json()
 
 
 @pytest.fixture

@@ -77,7 +77,8 @@ def test_the_port_a_service_listens_on_is_in_no_block(environment):
         first = min(ports()) - 1  # held, and in none of the variables
     for port in (first, first + 1, first + 9):
         with serving_settings(port):
-            assert min(ports()) - 1 > port
+            found = ports()  # of an earlier block, if another service has ended meanwhile
+            assert port not in {min(found) - 1, *found}
 
 
 def test_a_machine_without_a_free_block_is_told(environment, monkeypatch):

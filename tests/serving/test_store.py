@@ -39,7 +39,7 @@ def test_on_two_nodes_the_service_refuses_sqlite_and_says_why(sqlite_url, postgr
             | {"RAY_SERVE_ENABLE_HA_PROXY": "0"},  # those of two nodes on one machine would want the same ports
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
     assert done.returncode == 0, done.stderr[-3000:]
     refused, answered = json.loads(done.stdout.splitlines()[-1])
