@@ -24,6 +24,7 @@ from reward.prefix_cache import PrefixCache
 from reward.scoring import Scores, score
 
 OBJECT_STORE_BYTES = 200_000_000
+REMOVE_WITHIN_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +88,16 @@ def local_ray() -> Iterator[None]:
 
 
 def _remove(folder: str) -> None:
-    """Remove Ray's folder. Its log writers may still be closing their files: what comes back is removed again."""
-    deadline = time.monotonic() + 10
-    shutil.rmtree(folder, ignore_errors=True)
-    while os.path.exists(folder) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    """Remove Ray's folder, again while its log writers still make files there."""
+    deadline = time.monotonic() + REMOVE_WITHIN_S
+    while True:
         shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            return
+        if time.monotonic() > deadline:
+            logger.warning("%s of Ray's could not be removed", folder)
+            return
+        time.sleep(0.1)
 
 
 @contextmanager

@@ -12,9 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: on a busy core a model then takes minutes to load
-# What a busy machine is long in starting is started again, or ends its node with it: after 5 and 30 s by default
-os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
+os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")  # one that is longer in starting ends its node with it
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # it ends workers when others fill the machine's memory
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import numpy as np
 import pytest
 
 from deliberation.types import InputError
-from reward.actor import RewardActor
+from reward.actor import RewardActor, _remove
 from reward.dispatch import Failure
 from reward.preference import Calibration, PreferenceModel
 from reward.scoring import score
@@ -37,3 +38,25 @@ def test_each_group_of_a_batch_is_answered_by_itself(actor):
 
 def test_an_actor_tells_its_process(actor):
     assert actor.pid() == os.getpid()
+
+
+def test_rays_folder_is_removed_though_a_log_writer_makes_it_anew_once(tmp_path, monkeypatch):
+    folder, remove, calls = tmp_path / "consensus-1", shutil.rmtree, []
+
+    def removed_and_made_anew(path, ignore_errors):
+        calls.append(path)
+        remove(path, ignore_errors)
+        if len(calls) == 1:
+            (folder / "logs").mkdir(parents=True)
+
+    folder.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", removed_and_made_anew)
+    _remove(str(folder))
+    assert not folder.exists() and len(calls) == 2
+
+
+def test_a_folder_of_rays_that_stays_is_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    monkeypatch.setattr("reward.actor.REMOVE_WITHIN_S", 0.0)
+    _remove(str(tmp_path))
+    assert str(tmp_path) in caplog.text

@@ -1,4 +1,4 @@
-"""Databases for tests: a SQLite file, and a PostgreSQL that is started once, when the first test asks for it."""
+"""Databases for tests, a SQLite file and a PostgreSQL that is started once, when the first test asks for it; a port."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from random import Random
 import pytest
 
 from benchmarks import _postgres
+from serving.own_ray import own_ports
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +54,10 @@ def sqlite_url(tmp_path):
 def store_url(request):
     """URL of an empty database of each kind."""
     return request.getfixturevalue("postgres_url" if request.param == "postgresql" else "sqlite_url")
+
+
+@pytest.fixture
+def port():
+    """One that the system draws for nobody else meanwhile: a proxy is long in coming to listen."""
+    with own_ports() as ports:
+        yield ports[0]

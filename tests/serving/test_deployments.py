@@ -39,7 +39,7 @@ from serving.best_of_n import best_of_n
 from serving.config import ServeConfig
 from serving.deployments import build, curl_line, model_folder, read_settings, running_service
 from serving.local import LocalJudge, LocalSampler
-from serving.own_ray import HAPROXY_FILES, PORTS, RAY_ENVIRONMENT, REPLICA_PORTS, own_ports
+from serving.own_ray import HAPROXY_FILES, PORTS, RAY_ENVIRONMENT, REPLICA_PORTS
 from serving.problems import Overloaded
 from serving.remote import TRIES, RemoteServices, call
 from serving.schemas import ConsensusRequest
@@ -334,13 +334,6 @@ def test_served_answer_is_the_librarys_candidate_for_candidate_and_score_for_sco
         serve.run(Neighbour.bind(), name="neighbour", route_prefix="/neighbour")
     assert ray.is_initialized() and set(serve.status().applications) == {"neighbour"}  # they were not ours to stop
     serve.shutdown()
-
-
-@pytest.fixture
-def port():
-    """One that the system draws for nobody else meanwhile: a proxy is long in coming to listen."""
-    with own_ports() as ports:
-        yield ports[0]
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from deliberation.types import InputError
 from serving import ingress
 from serving.config import ServeConfig
 from serving.ingress import Api, check_door
-from serving.own_ray import own_ports
 
 
 @pytest.fixture
@@ -44,13 +43,6 @@ def test_without_keys_the_interface_does_not_start_where_others_reach_it(listeni
 def test_on_loopback_it_starts_without_keys(listening, host):
     listening(host)
     check_door(ServeConfig())
-
-
-@pytest.fixture
-def port():
-    """One that the system draws for nobody else meanwhile: a proxy is long in coming to listen."""
-    with own_ports() as ports:
-        yield ports[0]
 
 
 @pytest.mark.slow

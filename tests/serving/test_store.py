@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from deliberation.types import InputError
 from serving import store
 from serving.backup import backup
+from serving.own_ray import RAY_ENVIRONMENT
 from serving.sessions import Sessions
 from serving.store import absolute, connect, open_store, reading
 from serving.tables import deliberations, lineage
@@ -36,6 +37,7 @@ def test_on_two_nodes_the_service_refuses_sqlite_and_says_why(sqlite_url, postgr
             cwd=ROOT,
             env=os.environ
             | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": short, "RAY_AUTH_MODE": "disabled"}
+            | {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": RAY_ENVIRONMENT["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]}
             | {"RAY_SERVE_ENABLE_HA_PROXY": "0"},  # those of two nodes on one machine would want the same ports
             capture_output=True,
             text=True,
